@@ -1,0 +1,171 @@
+"""Writes the compressed model: one forward walk, one atomic shard a block, then one rename.
+
+1. For every block: rebuild the Hessians (rounding.py), quantize by plan, pack, and write the block's tensors as one
+   shard. A shard carries the digest of the plan; a rerun keeps shards that match and only walks through their blocks.
+2. Everything outside the blocks (embeddings, final norm, lm_head) becomes the first shard, unchanged.
+3. Shards, index, config and tokenizer are collected in a partial folder that is renamed when it is whole.
+
+Equal inputs give equal bytes: nothing in a shard depends on time, on the machine's name or on how often it was resumed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .anatomy import Block, family_of
+from .checkpoint import METHOD, Headers, Weights, read_headers
+from .console import Advance, ignore
+from .files import atomic, write_bytes_atomic
+from .formats import CastFormat, pack_segments
+from .quantize import Quantized
+from .rounding import block_hessians, round_block, segments_by_module
+from .stream import Stream, forward
+from .units import Plan
+
+VERSION = 1
+"""The version of the packed checkpoint format in `quantization_config`."""
+
+_CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
+
+
+def apply(
+    stream: Stream, plan: Plan, windows: Tensor, *, saliency: Path, shards: Path, out: Path, advance: Advance = ignore
+) -> None:
+    """Writes the model of `plan` to the folder `out`.
+
+    `windows` are the calibration tokens that were priced, `saliency` the folder of the price shards, `shards` the place
+    for the blocks that are already done. Raises CircuitpressError when a file cannot be written.
+    """
+    digest = hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest()
+    layout = segments_by_module(plan.decisions)
+    batches = stream.batches(windows)
+    headers = read_headers(stream.anatomy.folder)
+    family = family_of(headers.config)
+    weights = Weights(headers, family.prefix)
+    modules: dict[str, Any] = {}
+    for block in stream.anatomy.blocks:
+        modules |= _descriptors(block, layout, stream.anatomy.dtype)
+
+    def visit(index: int, module: nn.Module, inputs: Callable[[int], Tensor]) -> None:
+        path = _shard(shards, index)
+        if _digest_of(path) != digest:
+            place = stream.anatomy.blocks[index]
+            order = torch.tensor(plan.neuron_order[index]) if index in plan.neuron_order else None
+            hessians = block_hessians(stream, module, place, inputs, len(batches), saliency)
+            rounded = round_block(module, place, layout, hessians, order)
+            tensors = _block_tensors(weights, headers, place, rounded, modules, order)
+            write_bytes_atomic(path, save(tensors, metadata={"format": "pt", "plan": digest}))
+
+    store = stream.store("apply")
+    try:
+        forward(stream, batches, store, visit=visit, advance=advance)
+    finally:
+        store.clear()
+    _write_outer(headers, stream, shards, digest)
+    _collect(headers, stream, modules, shards, out)
+
+
+def _shard(shards: Path, index: int | None) -> Path:
+    return shards / ("outer.safetensors" if index is None else f"block-{index:05d}.safetensors")
+
+
+def _digest_of(path: Path) -> str | None:
+    if not path.exists():
+        return None
+    with safe_open(path, framework="pt") as file:
+        return file.metadata().get("plan")
+
+
+def _descriptors(block: Block, layout: dict[str, tuple[str, list[tuple[str, int, int]]]], dtype: str) -> dict[str, Any]:
+    """The entries of `quantization_config.modules`; a matrix kept whole in its own type stays an ordinary weight."""
+    result = {}
+    for matrix in block.matrices:
+        axis, segments = layout[matrix.module]
+        if all(form == dtype for form, _, _ in segments):
+            continue
+        entries = [{"format": form, "start": start, "stop": stop} for form, start, stop in segments]
+        result[matrix.module] = {"shape": [matrix.rows, matrix.cols], "axis": axis, "segments": entries}
+    return result
+
+
+def _block_tensors(
+    weights: Weights, headers: Headers, place: Block, rounded: dict[str, Quantized], modules: dict[str, Any],
+    order: Tensor | None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Everything that the block stores: packed matrices, the others as they were (neurons permuted), norms, biases."""
+    tensors: dict[str, Tensor] = {}
+    matrices = {matrix.module: matrix for matrix in place.matrices}
+    for stored in headers.tensors:
+        name = weights.model_name(stored)
+        if not name.startswith(place.prefix + "."):
+            continue
+        module, _, part = name.rpartition(".")
+        matrix = matrices.get(module)
+        if matrix is None or part == "bias":
+            tensor = weights.read(name)
+            if matrix is not None and order is not None and matrix.role in ("gate", "up"):
+                tensor = tensor[order].contiguous()
+            tensors[name] = tensor
+        elif module in modules:
+            packed = pack_segments([(form, value) for form, _, _, value in rounded[module].parts])
+            tensors |= {f"{module}.{key}": value.cpu() for key, value in packed.items()}
+        else:
+            # Rounded to its own type: exact, also after the permutation of neurons.
+            parts = rounded[module].parts
+            assert all(isinstance(form, CastFormat) for form, *_ in parts)
+            tensor = torch.cat([value for *_, value in parts], 0 if rounded[module].axis == "rows" else 1)
+            tensors[name] = (tensor.T if matrix.transposed else tensor).contiguous().cpu()
+    return tensors
+
+
+def _write_outer(headers: Headers, stream: Stream, shards: Path, digest: str) -> None:
+    path = _shard(shards, None)
+    if _digest_of(path) == digest:
+        return
+    weights = Weights(headers, family_of(headers.config).prefix)
+    prefixes = tuple(block.prefix + "." for block in stream.anatomy.blocks)
+    names = [weights.model_name(stored) for stored in headers.tensors]
+    tensors = {name: weights.read(name) for name in names if not name.startswith(prefixes)}
+    write_bytes_atomic(path, save(tensors, metadata={"format": "pt", "plan": digest}))
+
+
+def _collect(headers: Headers, stream: Stream, modules: dict[str, Any], shards: Path, out: Path) -> None:
+    """Builds the model folder beside `out` and renames it; the previous folder, if any, is replaced."""
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for pattern in _CARRIED:
+        for file in headers.folder.glob(pattern):
+            if file.name not in ("config.json", "model.safetensors.index.json"):
+                shutil.copy2(file, partial / file.name)
+    config = dict(headers.config)
+    if modules:
+        config["quantization_config"] = {"quant_method": METHOD, "version": VERSION, "modules": modules}
+    write_bytes_atomic(partial / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    sources = [_shard(shards, None), *(_shard(shards, block.index) for block in stream.anatomy.blocks)]
+    index: dict[str, str] = {}
+    size = 0
+    for k, source in enumerate(sources):
+        name = f"model-{k + 1:05d}-of-{len(sources):05d}.safetensors"
+        try:
+            os.link(source, partial / name)
+        except OSError:
+            with atomic(partial / name) as path:
+                shutil.copyfile(source, path)
+        with safe_open(source, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+                index[key] = name
+        size += source.stat().st_size
+    document = {"metadata": {"total_size": size}, "weight_map": index}
+    write_bytes_atomic(partial / "model.safetensors.index.json", (json.dumps(document, indent=1) + "\n").encode())
+    shutil.rmtree(out, ignore_errors=True)
+    partial.replace(out)

@@ -1,0 +1,256 @@
+"""Prices: what every group of weights costs in every format, in nats and bytes, from one backward walk.
+
+For each block, from the last to the first, while it is resident:
+
+1. Pull the gradients of all micro-batches through it (score/fisher.py). This gives the Fisher scores of its units and,
+   for every matrix, the token weights s and the Hessian H = E[s x x^T].
+2. Round every matrix to every format of the menu with that Hessian.
+3. Pull the gradients through once more and price what the rounding did: with dY = (Q(W) - W) x,
+
+       price = 1/2 E_t [ (g_t . dY_t)^2 ]
+
+   for each segment of the matrix. Recomputing costs less than keeping x and g of all matrices would: 36 thousand numbers
+   a token in a 1 B model.
+
+A block's results are one atomic shard, which a rerun skips after pulling the gradients through. Shards also keep the
+token weights s, so that `apply` can rebuild the Hessian in a forward walk without any gradient.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import load_file, save
+from torch import Tensor, nn
+
+from .anatomy import Block
+from .console import Advance, ignore
+from .files import write_bytes_atomic
+from .formats import parse
+from .hooks import weight_of
+from .quantize import Quantized, quantize_everywhere
+from .score.fisher import Flow, add_second_moment, output_gradients, pull, saliency, unit_effects
+from .segments import Granularity, groups_of
+from .store import Store
+from .stream import Stream, backward, forward
+from .units import Group, Prices, Scores, UnitId
+
+
+def price(
+    stream: Stream, windows: Tensor, *, formats: Sequence[str], granularity: Granularity = "matrix", draws: int = 1,
+    seed: int = 0, neuron_block: int = 64, folder: Path, advance: Advance = ignore,
+) -> tuple[Scores, Prices]:  # fmt: skip
+    """Prices every group of the model in every format, and scores every unit.
+
+    `windows` int64 [n, length] are calibration tokens, `formats` complete format names, `draws` the number of label
+    draws per token, `folder` the place of the per-block shards. Returns Fisher scores and prices in nats per predicted
+    token. Raises CheckpointError for weights or activations that are not finite.
+    """
+    batches = stream.batches(windows)
+    hidden, gradients = stream.store("inputs"), stream.store("gradients")
+    try:
+        forward(stream, batches, hidden, keep=True, advance=lambda n, note: advance(n / 2, f"forward, {note}"))
+        keys = output_gradients(stream, batches, hidden, gradients, draws=draws, seed=seed)
+
+        def visit(index: int, module: nn.Module, inputs: Callable[[int], Tensor]) -> None:
+            place = stream.anatomy.blocks[index]
+            visitor = _BlockPricer(stream, module, place, inputs, gradients, keys, windows.shape)
+            path = shard_path(folder, index)
+            if path.exists():
+                visitor.pull_all()
+            else:
+                arrays, notes = visitor.price(formats, groups_of(place, granularity, neuron_block=neuron_block), granularity)
+                write_bytes_atomic(path, save(arrays, metadata={"notes": json.dumps(notes)}))
+            advance(0.5, f"priced block {index}")
+
+        backward(stream, hidden, gradients, keys, visit)
+    finally:
+        hidden.clear()
+        gradients.clear()
+    return collect(stream, folder, formats, granularity, neuron_block=neuron_block)
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    """The shard of block `index`."""
+    return folder / f"block-{index:05d}.safetensors"
+
+
+def load_saliency(folder: Path, index: int, module: str) -> Tensor:
+    """The token weights s [windows, length] of one matrix, as priced."""
+    with safe_open(shard_path(folder, index), framework="pt") as file:
+        return file.get_tensor(f"saliency.{module}")
+
+
+def collect(
+    stream: Stream, folder: Path, formats: Sequence[str], granularity: Granularity, *, neuron_block: int = 64
+) -> tuple[Scores, Prices]:
+    """Joins the shards of all blocks into Scores and Prices."""
+    names = ("nats", "nats_sequence", "stderr", "nbytes")
+    table: dict[str, list[NDArray[Any]]] = {name: [] for name in names}
+    groups: list[Group] = []
+    units: list[UnitId] = []
+    values, stderr, order, notes = [], [], {}, {}
+    for place in stream.anatomy.blocks:
+        arrays = load_file(shard_path(folder, place.index))
+        for name in names:
+            table[name].append(arrays[name])
+        groups += groups_of(place, granularity, neuron_block=neuron_block)
+        units += place.units()
+        values.append(arrays["scores"])
+        stderr.append(arrays["scores_stderr"])
+        if "neuron_order" in arrays:
+            order[place.index] = arrays["neuron_order"]
+        with safe_open(shard_path(folder, place.index), framework="np") as file:
+            notes |= json.loads(file.metadata()["notes"])
+    scores = Scores("fisher", "gradient", tuple(units), np.concatenate(values), np.concatenate(stderr))
+    joined = {name: np.concatenate(arrays) for name, arrays in table.items()}
+    return scores, Prices(tuple(groups), tuple(formats), **joined, neuron_order=order, provenance={"fallbacks": notes})
+
+
+class _BlockPricer:
+    """The work on one resident block."""
+
+    def __init__(
+        self, stream: Stream, module: nn.Module, place: Block, inputs: Callable[[int], Tensor], gradients: Store,
+        keys: Sequence[tuple[int, int]], shape: Sequence[int],
+    ) -> None:  # fmt: skip
+        self.stream, self.module, self.place = stream, module, place
+        self.inputs, self.gradients, self.keys = inputs, gradients, keys
+        self.windows, self.length = shape
+        self.draws = 1 + max(draw for _, draw in keys)
+        sizes = [inputs(b).shape[0] for b in range(1 + max(b for b, _ in keys))]
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        self.rows = [slice(int(a), int(b)) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+
+    def pull_all(self, see: Callable[[int, Mapping[str, Flow]], None] | None = None, *, keep: bool = False) -> None:
+        """Pulls every gradient through the block; with `keep` the gradients at its output stay in place."""
+        for b, draw in self.keys:
+            gradient = self.gradients.get((b, draw), self.stream.device)
+            pulled, flows = pull(self.stream, self.module, self.place, self.inputs(b), gradient)
+            if not keep:
+                self.gradients.put((b, draw), pulled)
+            if see is not None:
+                see(b, flows)
+
+    def price(
+        self, formats: Sequence[str], groups: Sequence[Group], granularity: Granularity
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+        """The arrays of the block's shard, and notes on fallbacks by matrix."""
+        scores, weights, hessians = self._statistics()
+        arrays: dict[str, NDArray[Any]] = {f"saliency.{name}": s.numpy() for name, s in weights.items()}
+        per_window = np.concatenate([scores[kind] for kind in ("head", "kv_group", "neuron")], axis=1)
+        arrays["scores"], arrays["scores_stderr"] = per_window.mean(0), _stderr(per_window)
+        order = None
+        if granularity == "unit":
+            # Stable, so that ties keep their place; the most important neurons come first.
+            order = np.argsort(-scores["neuron"].mean(0), kind="stable").astype(np.int64)
+            arrays["neuron_order"] = order
+        rounded, notes = self._round(formats, hessians, order)
+        token, sequence = self._errors(formats, groups, rounded, order)
+        arrays["nats"], arrays["nats_sequence"], arrays["stderr"] = token.mean(0), sequence.mean(0), _stderr(token)
+        nbytes = [[sum(parse(f).nbytes(s.rows, s.cols) for s in g.segments) for f in formats] for g in groups]
+        arrays["nbytes"] = np.array(nbytes, dtype=np.int64)
+        return arrays, notes
+
+    def _statistics(self) -> tuple[dict[str, NDArray[np.float64]], dict[str, Tensor], dict[str, Tensor]]:
+        """Unit scores [windows, units] by kind, token weights [windows, length] and Hessians [cols, cols] by matrix."""
+        place, tokens = self.place, self.windows * self.length * self.draws
+        counts = {"head": place.heads, "kv_group": place.kv_heads, "neuron": place.neurons}
+        scores = {kind: np.zeros((self.windows, count)) for kind, count in counts.items()}
+        weights = {matrix.module: torch.zeros(self.windows, self.length) for matrix in place.matrices}
+        hessians = {m.module: torch.zeros(m.cols, m.cols, device=self.stream.device) for m in place.matrices}
+
+        def see(b: int, flows: Mapping[str, Flow]) -> None:
+            rows = self.rows[b]
+            for kind, effect in unit_effects(self.module, place, flows).items():
+                squares = 0.5 * effect.square().unflatten(0, (-1, self.length)).double().mean(1) / self.draws
+                scores[kind][rows] += squares.cpu().numpy()
+            for name, flow in flows.items():
+                s = saliency(flow)
+                weights[name][rows] += s.view(-1, self.length).cpu() / self.draws
+                add_second_moment(hessians[name], flow.x, s / tokens)
+
+        self.pull_all(see, keep=True)
+        return scores, weights, hessians
+
+    def _round(
+        self, formats: Sequence[str], hessians: dict[str, Tensor], order: NDArray[np.int64] | None
+    ) -> tuple[dict[str, dict[str, Quantized]], dict[str, str]]:
+        rounded, notes = {}, {}
+        # Widest input last: by then the Hessians of the others are gone, which bounds the peak of memory.
+        for matrix in sorted(self.place.matrices, key=lambda m: m.cols):
+            weight = weight_of(self.module, self.place, matrix).float()
+            hessian = hessians.pop(matrix.module)
+            if order is not None:
+                weight, hessian = permute_neurons(matrix.role, weight, hessian, torch.from_numpy(order))
+            rounded[matrix.module], note = quantize_everywhere(weight, hessian, formats)
+            if note:
+                notes[matrix.module] = note
+        return rounded, notes
+
+    def _errors(
+        self, formats: Sequence[str], groups: Sequence[Group], rounded: Mapping[str, Mapping[str, Quantized]],
+        order: NDArray[np.int64] | None,
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:  # fmt: skip
+        """Per-token and per-sequence prices [windows, groups, formats]."""
+        token = np.zeros((self.windows, len(groups), len(formats)))
+        sequence = np.zeros_like(token)
+        back = None if order is None else torch.from_numpy(np.argsort(order))
+        matrices = {matrix.module: matrix for matrix in self.place.matrices}
+
+        def see(b: int, flows: Mapping[str, Flow]) -> None:
+            rows = self.rows[b]
+            for name, matrix in matrices.items():
+                mine = [(i, group) for i, group in enumerate(groups) if group.segments[0].module == name]
+                weight = weight_of(self.module, self.place, matrix).float()
+                if back is not None:
+                    weight = permute_neurons(matrix.role, weight, None, torch.argsort(back))[0]
+                flow = flows[name] if back is None else _permute_flow(matrix.role, flows[name], torch.argsort(back))
+                for f, form in enumerate(formats):
+                    change = (rounded[name][form].decode() - weight).to(flow.x.dtype)
+                    effect = _segment_effects(flow, change, [group for _, group in mine])
+                    effect = effect.unflatten(0, (-1, self.length)).double().cpu().numpy()
+                    for k, (i, _) in enumerate(mine):
+                        token[rows, i, f] += 0.5 * np.square(effect[:, :, k]).mean(1) / self.draws
+                        sequence[rows, i, f] += 0.5 * np.square(effect[:, :, k].sum(1)) / self.length / self.draws
+
+        self.pull_all(see)
+        return token, sequence
+
+
+def _segment_effects(flow: Flow, change: Tensor, groups: Sequence[Group]) -> Tensor:
+    """g_t . dY_t [tokens, groups], where only the group's segment of the matrix changes by `change` [rows, cols]."""
+    axis = groups[0].segments[0].axis
+    if axis == "rows":
+        products = (flow.x @ change.T) * flow.g
+    else:
+        products = (flow.g @ change) * flow.x
+    spans = [group.segments[0] for group in groups]
+    return torch.stack([products[:, span.start : span.stop].float().sum(1) for span in spans], 1)
+
+
+def permute_neurons(role: str, weight: Tensor, hessian: Tensor | None, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Reorders the neurons of one matrix: rows of gate and up, columns (and the Hessian) of down; others stay."""
+    if role in ("gate", "up"):
+        weight = weight[order]
+    elif role == "down":
+        weight = weight[:, order]
+        hessian = None if hessian is None else hessian[order][:, order]
+    return weight, hessian  # pyright: ignore[reportReturnType]
+
+
+def _permute_flow(role: str, flow: Flow, order: Tensor) -> Flow:
+    if role in ("gate", "up"):
+        return Flow(flow.x, flow.g[:, order])
+    return Flow(flow.x[:, order], flow.g) if role == "down" else flow
+
+
+def _stderr(per_window: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Standard error of the mean over windows [n, ...]; infinite for a single window, whose spread is unknown."""
+    n = per_window.shape[0]
+    return per_window.std(0, ddof=1) / np.sqrt(n) if n > 1 else np.full(per_window.shape[1:], np.inf)

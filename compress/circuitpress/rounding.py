@@ -1,0 +1,92 @@
+"""Rounding one resident block by plan: rebuild the Hessians from the saved token weights, then quantize each matrix.
+
+Pricing needs gradients, rounding only their per-token weights s, which pricing left in its shards. A forward walk with
+H = E[s x x^T] therefore gives `apply` and the probes the same Hessians that were priced.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .anatomy import Block
+from .hooks import capture, weight_of
+from .price import load_saliency, permute_neurons
+from .quantize import Quantized, quantize_matrix
+from .score.fisher import add_second_moment
+from .stream import Stream
+from .units import Decision
+
+Entry = tuple[str, int, int]
+"""Format name, start and stop of one segment."""
+
+
+def block_hessians(
+    stream: Stream, module: nn.Module, place: Block, inputs: Callable[[int], Tensor], batches: int, saliency: Path
+) -> dict[str, Tensor]:
+    """H = E[s x x^T] float32 [cols, cols] of every matrix, from the inputs of the unchanged model."""
+    weights = {matrix.module: load_saliency(saliency, place.index, matrix.module) for matrix in place.matrices}
+    result = {m.module: torch.zeros(m.cols, m.cols, device=stream.device) for m in place.matrices}
+    names = {matrix.module: place.local(matrix) for matrix in place.matrices}
+    at = 0
+    with torch.no_grad():
+        for b in range(batches):
+            hidden = inputs(b)
+            with capture(module, list(names.values())) as seen:
+                stream.run(place.index, module, hidden)
+            for name, local in names.items():
+                x = seen[local].input
+                assert x is not None
+                s = weights[name][at : at + hidden.shape[0]].reshape(-1).to(stream.device)
+                add_second_moment(result[name], x.flatten(0, -2), s / weights[name].numel())
+            at += hidden.shape[0]
+    return result
+
+
+def segments_by_module(decisions: Sequence[Decision]) -> dict[str, tuple[str, list[Entry]]]:
+    """The axis and the segments of every matrix that the decisions name, in order of their position."""
+    found: dict[str, list[tuple[int, int, str, str]]] = {}
+    for decision in decisions:
+        for segment in decision.group.segments:
+            entry = (segment.start, segment.stop, segment.axis, decision.format)
+            found.setdefault(segment.module, []).append(entry)
+    result = {}
+    for module, entries in found.items():
+        entries.sort()
+        axes = {axis for _, _, axis, _ in entries}
+        gaps = any(before[1] != after[0] for before, after in zip(entries, entries[1:], strict=False))
+        if len(axes) != 1 or entries[0][0] != 0 or gaps:
+            raise ValueError(f"the segments of {module} do not tile it: {entries}")
+        result[module] = (axes.pop(), [(form, start, stop) for start, stop, _, form in entries])
+    return result
+
+
+def round_block(
+    module: nn.Module, place: Block, plan: Mapping[str, tuple[str, list[Entry]]], hessians: Mapping[str, Tensor],
+    order: Tensor | None,
+) -> dict[str, Quantized]:  # fmt: skip
+    """Quantizes every matrix of a block as `plan` (from `segments_by_module`) says.
+
+    `order` permutes the layer's neurons first; the results are in that order.
+    """
+    result = {}
+    for matrix in place.matrices:
+        axis, segments = plan[matrix.module]
+        weight, hessian = weight_of(module, place, matrix).float(), hessians[matrix.module]
+        if order is not None:
+            weight, hessian = permute_neurons(matrix.role, weight, hessian, order)
+        result[matrix.module] = quantize_matrix(weight, hessian, axis, segments)  # pyright: ignore[reportArgumentType]
+    return result
+
+
+def decoded_in_place(quantized: Mapping[str, Quantized], place: Block, order: Tensor | None) -> dict[str, Tensor]:
+    """The weights [rows, cols] of a rounded block by local name, with neurons back in the model's own order."""
+    back = None if order is None else torch.argsort(order)
+    result = {}
+    for matrix in place.matrices:
+        weight = quantized[matrix.module].decode()
+        if back is not None:
+            weight = permute_neurons(matrix.role, weight, None, back)[0]
+        result[place.local(matrix)] = weight
+    return result

@@ -1,0 +1,1 @@
+"""Scores: how much the model relies on each unit. One method a file."""

@@ -1,0 +1,64 @@
+"""Interventions measured exactly: the KL between a model and many variants of it, in one walk.
+
+A variant differs from the model in some blocks (rounded weights, a closed head). All of them walk up together while a
+block is resident: up to its first change a variant shares the model's states, after it its own states are carried on.
+One pass over the weights thus measures any number of interventions, also on a model that does not fit in memory.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from ..console import Advance, ignore
+from ..evaluate.divergence import Divergence, Tally, next_tokens
+from ..stream import Stream, forward
+
+Edit = Callable[[], AbstractContextManager[None]]
+"""Makes a context within which the resident block is changed."""
+
+Edits = Callable[[int, nn.Module, Callable[[int], Tensor]], Mapping[str, Edit]]
+"""For block i: the edits of all variants that change it; its third argument gives the inputs of the context batches."""
+
+
+@torch.no_grad()
+def measure(
+    stream: Stream, windows: Tensor, edits: Edits, *, context: Tensor | None = None, advance: Advance = ignore
+) -> dict[str, Divergence]:
+    """The divergence of every variant from the model on `windows` int64 [n, length].
+
+    `context` are further windows whose block inputs `edits` may look at (calibration text); they are walked through the
+    unchanged model only.
+    """
+    batches = stream.batches(windows)
+    extra = [] if context is None else stream.batches(context)
+    base, own = stream.store("variants-base"), stream.store("variants")
+    alive: dict[str, int] = {}
+
+    def visit(index: int, module: nn.Module, inputs: Callable[[int], Tensor]) -> None:
+        changed = edits(index, module, lambda b: inputs(len(batches) + b))
+        for name in [*alive, *(name for name in changed if name not in alive)]:
+            with changed.get(name, nullcontext)():
+                for b in range(len(batches)):
+                    hidden = own.get((name, b), stream.device) if name in alive else inputs(b)
+                    own.put((name, b), stream.run(index, module, hidden))
+            alive[name] = index
+
+    try:
+        forward(stream, [*batches, *extra], base, visit=visit, advance=advance)
+        tallies = {name: Tally() for name in alive}
+        step = max(1, (1 << 22) // stream.anatomy.vocab)
+        for b, ids in enumerate(batches):
+            hidden = base.get((stream.depth, b), stream.device)
+            for row, labels in enumerate(next_tokens(ids)):
+                for at in range(0, ids.shape[1], step):
+                    span = slice(at, at + step)
+                    reference = stream.logits(hidden[row, span])
+                    for name, tally in tallies.items():
+                        changed = stream.logits(own.get((name, b), stream.device)[row, span])
+                        tally.add(reference, changed, labels[span].to(reference.device))
+        return {name: tally.result(-(-windows.shape[1] // step)) for name, tally in tallies.items()}
+    finally:
+        base.clear()
+        own.clear()

@@ -1,0 +1,68 @@
+"""Hidden states between blocks: in memory up to a limit, then in files that are read back one at a time."""
+
+import contextlib
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Key = tuple[int | str, ...]
+
+
+class Store:
+    """Tensors by key. Those beyond `limit` bytes go to `folder` (kept in memory if it is None).
+
+    Files hold raw numbers and never outlive the process on purpose: a resumed run recomputes them, which costs one
+    forward pass and saves every question about their age.
+    """
+
+    def __init__(self, folder: Path | None, *, limit: int = 1 << 29) -> None:
+        self._folder = folder
+        self._limit = limit
+        self._resident = 0
+        self._memory: dict[Key, Tensor] = {}
+        self._files: dict[Key, tuple[Path, torch.dtype, torch.Size]] = {}
+
+    def put(self, key: Key, tensor: Tensor) -> None:
+        """Keeps `tensor` under `key`, replacing what was there."""
+        self.drop(key)
+        tensor = tensor.detach()
+        size = tensor.numel() * tensor.element_size()
+        if self._folder is None or self._resident + size <= self._limit:
+            self._memory[key] = tensor
+            self._resident += size
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / ("-".join(map(str, key)) + ".bin")
+        tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tofile(path)
+        self._files[key] = (path, tensor.dtype, tensor.shape)
+
+    def get(self, key: Key, device: torch.device | str = "cpu") -> Tensor:
+        """The tensor under `key`, on `device`."""
+        if key in self._memory:
+            return self._memory[key].to(device)
+        path, dtype, shape = self._files[key]
+        raw = torch.empty(path.stat().st_size, dtype=torch.uint8)
+        with path.open("rb") as stream:
+            stream.readinto(raw.numpy())
+        return raw.view(dtype).view(shape).to(device)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._memory or key in self._files
+
+    def drop(self, key: Key) -> None:
+        """Forgets `key`; nothing happens if it is not there."""
+        if (tensor := self._memory.pop(key, None)) is not None:
+            self._resident -= tensor.numel() * tensor.element_size()
+        if (entry := self._files.pop(key, None)) is not None:
+            with contextlib.suppress(OSError):
+                entry[0].unlink()
+
+    def clear(self) -> None:
+        """Forgets everything and removes the folder."""
+        self._memory.clear()
+        self._files.clear()
+        self._resident = 0
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)

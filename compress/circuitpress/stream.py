@@ -1,0 +1,226 @@
+"""The one engine that walks a model block by block, so that a model larger than memory is the normal case.
+
+1. The model is built on the meta device; only embeddings, the final norm and lm_head are loaded and stay.
+2. Every decoder block of the skeleton is replaced by a recorder. Running the skeleton once per shape of batch yields the
+   first hidden states and the exact arguments (masks, rotary tables) that transformers passes to each block, for any
+   architecture and without copying its forward pass.
+3. `block(i)` makes one block resident: its weights are read (decoded, if packed), checked for NaN, used, and let go.
+4. `forward` walks up: each block's inputs are kept in a `Store`, which spills to disk beyond a memory limit.
+5. `backward` walks down: the gradient at a block's output is pulled back to its input by recomputing the block, so no
+   more than one block's activations of one micro-batch exist at a time.
+
+Scoring, pricing, applying and evaluating all ride these two walks. accelerate's device maps do the forward half, but
+not the recomputation, and it keeps no account of block inputs.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .anatomy import Anatomy, Block, family_of, read_anatomy
+from .checkpoint import Weights, read_headers
+from .errors import CheckpointError
+from .hooks import self_test
+from .store import Store
+
+Visit = Callable[[int, nn.Module, Callable[[int], Tensor]], None]
+"""Called with a block's index, the resident block and `inputs(b)`, the block's input for micro-batch b."""
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder block: keeps the arguments it was called with and returns its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: Tensor | None = None
+        self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.hidden, self.arguments = hidden, (args, kwargs)
+        return hidden
+
+
+class Stream:
+    """A causal language model of which at most one decoder block is in memory. Made by `open_stream`."""
+
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[nn.Module], recorders: Sequence[_Recorder], weights: Weights,
+        anatomy: Anatomy, device: torch.device, spill: Path | None, batch_tokens: int,
+    ) -> None:  # fmt: skip
+        self.anatomy = anatomy
+        self.device = device
+        self.dtype: torch.dtype = next(model.get_output_embeddings().parameters()).dtype  # pyright: ignore
+        self.batch_tokens = batch_tokens
+        self._spill = spill
+        self._model = model
+        self._blocks = blocks
+        self._recorders = recorders
+        self._weights = weights
+        self._tested = False
+        self._shape: tuple[int, ...] | None = None
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder blocks."""
+        return len(self._blocks)
+
+    def store(self, name: str) -> Store:
+        """A place for hidden states, in memory up to a limit, then in the spill folder."""
+        return Store(None if self._spill is None else self._spill / name)
+
+    def batches(self, windows: Tensor) -> list[Tensor]:
+        """Cuts windows [n, length] into micro-batches of about `batch_tokens` tokens."""
+        per = max(1, self.batch_tokens // windows.shape[1])
+        return list(windows.split(per))
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor) -> Tensor:
+        """The input of block 0 for token ids [batch, length]: [batch, length, hidden]."""
+        base = self._model.base_model
+        assert isinstance(base, nn.Module)
+        base(input_ids=ids.to(self.device), use_cache=False)
+        self._shape = tuple(ids.shape)
+        hidden = self._recorders[0].hidden
+        assert hidden is not None
+        return hidden
+
+    def run(self, index: int, module: nn.Module, hidden: Tensor) -> Tensor:
+        """The output of resident block `index` for `hidden` [batch, length, hidden]."""
+        if self._shape != tuple(hidden.shape[:2]):
+            self.embed(torch.zeros(hidden.shape[:2], dtype=torch.long))
+        args, kwargs = self._recorders[index].arguments
+        output = module(hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final hidden states [..., hidden] to logits [..., vocab] in float32."""
+        norm = getattr(self._model.base_model, "norm", None) or self._model.base_model.ln_f  # pyright: ignore
+        head = self._model.get_output_embeddings()  # pyright: ignore
+        return head(norm(hidden)).float()
+
+    @contextlib.contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Block `index` with its weights in memory; they are let go at the end of the context."""
+        module, place = self._blocks[index], self.anatomy.blocks[index]
+        state = {name: self._read(place, name) for name in module.state_dict()}
+        module.load_state_dict(state, strict=True, assign=True)
+        module.requires_grad_(False).eval()
+        del state
+        try:
+            if not self._tested:
+                self._tested = True
+                hidden = self.embed(torch.arange(4)[None] % self.anatomy.vocab)
+                self_test(module, place, lambda h: self.run(index, module, h), hidden)
+            yield module
+        finally:
+            module.to("meta")
+
+    def _read(self, place: Block, name: str) -> Tensor:
+        module, _, part = name.rpartition(".")
+        full = f"{place.prefix}.{module}"
+        if part == "weight" and self._weights.is_packed(full):
+            tensor = self._weights.decode(full)
+            tensor = tensor.T.contiguous() if place.matrices[0].transposed else tensor
+        else:
+            tensor = self._weights.read(f"{place.prefix}.{name}")
+        return tensor.to(self.device, self.dtype)
+
+
+def open_stream(
+    folder: Path, *, device: str = "cpu", dtype: str = "auto", spill: Path | None = None, batch_tokens: int = 4096
+) -> Stream:
+    """Opens a checkpoint folder (dense, or packed by circuitpress) without reading its blocks.
+
+    `dtype` is the compute type: `auto` is float32 up to 300 million linear weights (KL between 16-bit models of that
+    size is blurred by rounding: on a 14 M model bfloat16 compute alone costs more than int8 weights) and the
+    checkpoint's own type above, where float32 takes seven times as long on a CPU with AMX. `spill` is a folder for
+    hidden states that do not fit in memory. Raises CheckpointError.
+    """
+    import transformers
+
+    anatomy = read_anatomy(folder, packed_ok=True)
+    headers = read_headers(folder, packed_ok=True)
+    family = family_of(headers.config)
+    name = dtype if dtype != "auto" else ("float32" if anatomy.linear_numel <= 300_000_000 else anatomy.dtype)
+    compute = getattr(torch, name)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=compute, attn_implementation="sdpa")
+    parent = model.get_submodule(family.blocks.rpartition(".")[0])
+    leaf = family.blocks.rpartition(".")[2]
+    blocks = list(model.get_submodule(family.blocks))
+    recorders = [_Recorder() for _ in blocks]
+    setattr(parent, leaf, nn.ModuleList(recorders))
+    weights = Weights(headers, family.prefix)
+    where = torch.device(device)
+    for path, module in model.named_modules():
+        _materialise(path, module, model, weights, where, compute)
+    return Stream(model.eval(), blocks, recorders, weights, anatomy, where, spill, batch_tokens)
+
+
+def _materialise(
+    path: str, module: nn.Module, model: nn.Module, weights: Weights, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Gives a module outside the blocks its weights, and recomputes buffers that no checkpoint stores."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        full = f"{path}.{name}"
+        if not parameter.is_meta:
+            continue
+        if weights.stored_name(full) is None and module is model.get_output_embeddings():  # pyright: ignore
+            module.weight = model.get_input_embeddings().weight  # pyright: ignore
+        else:
+            value = weights.read(full).to(device, dtype)
+            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+        fresh = type(module)(config=model.config)  # pyright: ignore
+        for name, buffer in fresh.named_buffers(recurse=False):
+            module.register_buffer(name, buffer.to(device), persistent=False)
+
+
+def forward(
+    stream: Stream, batches: Sequence[Tensor], store: Store, *, keep: bool = False, visit: Visit | None = None,
+    advance: Callable[[float, str], None] | None = None,
+) -> None:  # fmt: skip
+    """Walks micro-batches of token ids up through all blocks; `store` ends with the final hidden states.
+
+    `store` holds key (i, b): the input of block i for micro-batch b; (depth, b) is the output of the last block. With
+    `keep` all of them stay for a later `backward`. `visit` sees every block while it is resident.
+    """
+    with torch.no_grad():
+        for b, ids in enumerate(batches):
+            store.put((0, b), stream.embed(ids))
+        for i in range(stream.depth):
+            with stream.block(i) as module:
+                if visit is not None:
+                    visit(i, module, lambda b, i=i: store.get((i, b), stream.device))
+                for b in range(len(batches)):
+                    hidden = stream.run(i, module, store.get((i, b), stream.device))
+                    if not bool(hidden.isfinite().all()):
+                        raise CheckpointError(
+                            f"block {i} of {stream.anatomy.folder} computes NaN or infinity in {stream.dtype}",
+                            hint="set run.dtype to float32",
+                        )
+                    store.put((i + 1, b), hidden)
+                    if not keep:
+                        store.drop((i, b))
+            if advance is not None:
+                advance(1, f"block {i}")
+
+
+def backward(stream: Stream, store: Store, gradients: Store, keys: Sequence[tuple[int, ...]], visit: Visit) -> None:
+    """Walks down: `visit` must turn each gradient in `gradients` from block i's output into one at its input.
+
+    `store` holds every block's inputs (from `forward` with `keep`), `gradients` the gradient at the output of the last
+    block under `keys`. `visit` gets `inputs(b)` as in `forward`.
+    """
+    for i in reversed(range(stream.depth)):
+        with stream.block(i) as module:
+            visit(i, module, lambda b, i=i: store.get((i, b), stream.device))
+        for b in {key[0] for key in keys}:
+            store.drop((i + 1, b))
