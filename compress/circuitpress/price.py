@@ -43,12 +43,14 @@ from .units import Group, Prices, Scores, UnitId
 
 def price(
     stream: Stream, windows: Tensor, *, formats: Sequence[str], granularity: Granularity = "matrix", draws: int = 1,
-    seed: int = 0, neuron_block: int = 64, folder: Path, advance: Advance = ignore,
+    seed: int = 0, neuron_block: int = 64, neuron_order: Mapping[int, NDArray[np.int64]] | None = None, folder: Path,
+    advance: Advance = ignore,
 ) -> tuple[Scores, Prices]:  # fmt: skip
     """Prices every group of the model in every format, and scores every unit.
 
     `windows` int64 [n, length] are calibration tokens, `formats` complete format names, `draws` the number of label
-    draws per token, `folder` the place of the per-block shards. Returns Fisher scores and prices in nats per predicted
+    draws per token, `folder` the place of the per-block shards. `neuron_order` (by layer) makes unit-wise prices of two
+    texts comparable; by default neurons are sorted by their own scores. Returns Fisher scores and prices in nats per predicted
     token. Raises CheckpointError for weights or activations that are not finite.
     """
     batches = stream.batches(windows)
@@ -64,7 +66,9 @@ def price(
             if path.exists():
                 visitor.pull_all()
             else:
-                arrays, notes = visitor.price(formats, groups_of(place, granularity, neuron_block=neuron_block), granularity)
+                groups = groups_of(place, granularity, neuron_block=neuron_block)
+                order = (neuron_order or {}).get(index)
+                arrays, notes = visitor.price(formats, groups, by_unit=granularity == "unit", order=order)
                 write_bytes_atomic(path, save(arrays, metadata={"notes": json.dumps(notes)}))
             advance(0.5, f"priced block {index}")
 
@@ -138,17 +142,17 @@ class _BlockPricer:
                 see(b, flows)
 
     def price(
-        self, formats: Sequence[str], groups: Sequence[Group], granularity: Granularity
+        self, formats: Sequence[str], groups: Sequence[Group], *, by_unit: bool, order: NDArray[np.int64] | None
     ) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
         """The arrays of the block's shard, and notes on fallbacks by matrix."""
         scores, weights, hessians = self._statistics()
         arrays: dict[str, NDArray[Any]] = {f"saliency.{name}": s.numpy() for name, s in weights.items()}
         per_window = np.concatenate([scores[kind] for kind in ("head", "kv_group", "neuron")], axis=1)
         arrays["scores"], arrays["scores_stderr"] = per_window.mean(0), _stderr(per_window)
-        order = None
-        if granularity == "unit":
+        if by_unit and order is None:
             # Stable, so that ties keep their place; the most important neurons come first.
             order = np.argsort(-scores["neuron"].mean(0), kind="stable").astype(np.int64)
+        if order is not None:
             arrays["neuron_order"] = order
         rounded, notes = self._round(formats, hessians, order)
         token, sequence = self._errors(formats, groups, rounded, order)
@@ -200,7 +204,7 @@ class _BlockPricer:
         """Per-token and per-sequence prices [windows, groups, formats]."""
         token = np.zeros((self.windows, len(groups), len(formats)))
         sequence = np.zeros_like(token)
-        back = None if order is None else torch.from_numpy(np.argsort(order))
+        index = None if order is None else torch.from_numpy(order)
         matrices = {matrix.module: matrix for matrix in self.place.matrices}
 
         def see(b: int, flows: Mapping[str, Flow]) -> None:
@@ -208,9 +212,10 @@ class _BlockPricer:
             for name, matrix in matrices.items():
                 mine = [(i, group) for i, group in enumerate(groups) if group.segments[0].module == name]
                 weight = weight_of(self.module, self.place, matrix).float()
-                if back is not None:
-                    weight = permute_neurons(matrix.role, weight, None, torch.argsort(back))[0]
-                flow = flows[name] if back is None else _permute_flow(matrix.role, flows[name], torch.argsort(back))
+                flow = flows[name]
+                if index is not None:
+                    weight = permute_neurons(matrix.role, weight, None, index)[0]
+                    flow = _permute_flow(matrix.role, flow, index)
                 for f, form in enumerate(formats):
                     change = (rounded[name][form].decode() - weight).to(flow.x.dtype)
                     effect = _segment_effects(flow, change, [group for _, group in mine])

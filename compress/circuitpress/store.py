@@ -19,7 +19,7 @@ class Store:
 
     def __init__(self, folder: Path | None, *, limit: int = 1 << 29) -> None:
         self._folder = folder
-        self._limit = limit
+        self.limit = limit
         self._resident = 0
         self._memory: dict[Key, Tensor] = {}
         self._files: dict[Key, tuple[Path, torch.dtype, torch.Size]] = {}
@@ -29,7 +29,7 @@ class Store:
         self.drop(key)
         tensor = tensor.detach()
         size = tensor.numel() * tensor.element_size()
-        if self._folder is None or self._resident + size <= self._limit:
+        if self._folder is None or self._resident + size <= self.limit:
             self._memory[key] = tensor
             self._resident += size
             return

@@ -131,14 +131,15 @@ class Stream:
 
 
 def open_stream(
-    folder: Path, *, device: str = "cpu", dtype: str = "auto", spill: Path | None = None, batch_tokens: int = 4096
+    folder: Path, *, device: str = "cpu", dtype: str = "auto", spill: Path | None = None, batch_tokens: int | None = None
 ) -> Stream:
     """Opens a checkpoint folder (dense, or packed by circuitpress) without reading its blocks.
 
     `dtype` is the compute type: `auto` is float32 up to 300 million linear weights (KL between 16-bit models of that
     size is blurred by rounding: on a 14 M model bfloat16 compute alone costs more than int8 weights) and the
     checkpoint's own type above, where float32 takes seven times as long on a CPU with AMX. `spill` is a folder for
-    hidden states that do not fit in memory. Raises CheckpointError.
+    hidden states that do not fit in memory. `batch_tokens` is the size of a micro-batch; by default the widest
+    activation of a block holds at most 8 million numbers. Raises CheckpointError.
     """
     import transformers
 
@@ -159,6 +160,8 @@ def open_stream(
     setattr(parent, leaf, nn.ModuleList(recorders))
     weights = Weights(headers, family.prefix)
     where = torch.device(device)
+    widest = max(max(matrix.rows, matrix.cols) for block in anatomy.blocks for matrix in block.matrices)
+    batch_tokens = batch_tokens or max(256, min(4096, (1 << 23) // widest))
     for path, module in model.named_modules():
         _materialise(path, module, model, weights, where, compute)
     return Stream(model.eval(), blocks, recorders, weights, anatomy, where, spill, batch_tokens)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..formats import CastFormat, Format, IntCodes, IntFormat, parse
 from ..units import Axis
-from .gptq import gptq
+from .feedback import gptq
 
 
 @dataclass(frozen=True)
