@@ -1,0 +1,1 @@
+"""Running packed models: `linear.PackedLinear` and, through transformers, `from_pretrained` (`hf.register`)."""

@@ -1,0 +1,141 @@
+"""A linear map whose weights were stored packed.
+
+1. Built on the meta device from its descriptor, with the flat tensors of the stored form as buffers; transformers fills
+   them in.
+2. `repack` then turns them into what the device runs fast and drops the stored form, one matrix after the other, so
+   that the model is never in memory twice:
+
+   | device | compute type | matrix | runs as | bytes a weight |
+   |---|---|---|---|---|
+   | CPU | bfloat16 | 2 to 4 bits, one group size of 32 to 256 that divides cols | torch's int4pack | 0.5 + 4 / group |
+   | CUDA | any | 2 to 4 bits, one group size of 32 to 256 | Triton (`circuitpress_kernels`) | 0.5 + 3 / group |
+   | any | any | everything else | dense | 2 or 4 |
+
+   float32 on a CPU is always dense: those are exactly the numbers that were stored, for tests and for evaluation.
+
+No gradient flows through int4pack or Triton; load in float32 on a CPU to differentiate.
+"""
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from circuitpress_kernels import int4
+
+from ..errors import CircuitpressError
+from . import int4pack
+from .descriptor import Descriptor
+from .grid import int4_codes, int4_group_size
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + b with W [out_features, in_features] stored as `descriptor` says.
+
+    `form` is "stored" until `repack`, then "int4pack", "tiles" (Triton) or "dense"; a stored module works too, but
+    unpacks the whole matrix at every call.
+    """
+
+    def __init__(
+        self,
+        descriptor: Descriptor,
+        *,
+        bias: bool,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.descriptor = descriptor
+        self.out_features, self.in_features = descriptor.rows, descriptor.cols
+        self.form = "stored"
+        self.group_size = 0
+        for name, (kind, count) in descriptor.layout().items():
+            self.register_buffer(name, torch.empty(count, dtype=kind, device=device))
+        self.bias = nn.Parameter(torch.empty(descriptor.rows, dtype=dtype, device=device)) if bias else None
+
+    @property
+    def stored(self) -> dict[str, Tensor]:
+        """The flat tensors of the stored form; CircuitpressError after `repack`, which drops them."""
+        if self.form != "stored":
+            message = f"the stored weights were repacked as {self.form} and dropped"
+            raise CircuitpressError(message, hint="read them from the checkpoint")
+        return {name: self.get_buffer(name) for name in self.descriptor.layout()}
+
+    @torch.no_grad()
+    def dequantize(self) -> Tensor:
+        """The weights [rows, cols] that the module multiplies with, in float32."""
+        if self.form == "stored":
+            return self.descriptor.decode(self.stored)
+        weight = self.get_buffer("weight")
+        if self.form == "dense":
+            return weight.float()
+        dtype = torch.bfloat16 if self.form == "int4pack" else torch.float32
+        return self._matmul(torch.eye(self.in_features, dtype=dtype, device=weight.device)).float().T.contiguous()
+
+    @torch.no_grad()
+    def repack(self, dtype: torch.dtype) -> None:
+        """Turns the stored form into what the device computes with in `dtype`, and drops the stored form."""
+        stored = self.stored
+        device = next(iter(stored.values())).device
+        group_size = int4_group_size(self.descriptor)
+        if device.type == "cuda" and group_size in int4.GROUP_SIZES:
+            grid = int4_codes(self.descriptor, stored, group_size)
+            tiles = int4.int4_tiles(*grid, group_size=group_size)
+            form, buffers = "tiles", {"weight": tiles.codes, "scales": tiles.scales, "zeros": tiles.zeros}
+        elif (
+            device.type == "cpu"
+            and dtype == torch.bfloat16
+            and group_size in int4pack.GROUP_SIZES
+            and self.in_features % group_size == 0
+        ):
+            packed = int4pack.pack(int4_codes(self.descriptor, stored, group_size), group_size=group_size)
+            form, buffers = "int4pack", {"weight": packed.codes, "scales_and_zeros": packed.scales_and_zeros}
+        else:
+            form, buffers = "dense", {"weight": self.descriptor.decode(stored, dtype=dtype)}
+        for name in stored:
+            delattr(self, name)
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer)
+        self.form, self.group_size = form, group_size or 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        if self.form == "dense":
+            return F.linear(x, self.get_buffer("weight"), self.bias)
+        if self.form == "stored":
+            return F.linear(x, self.dequantize().to(x.dtype), self.bias)
+        y = self._matmul(x.flatten(0, -2) if x.dim() > 1 else x[None])
+        y = y if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _matmul(self, x: Tensor) -> Tensor:
+        if self.form == "int4pack":
+            packed = int4pack.Packed(self.get_buffer("weight"), self.get_buffer("scales_and_zeros"))
+            return int4pack.matmul(x.bfloat16(), packed, group_size=self.group_size, rows=self.out_features)
+        tiles = [self.get_buffer(name) for name in ("weight", "scales", "zeros")]
+        return int4.int4_linear(x, *tiles, self.out_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves or casts the module, as `to` does; raises where a packed form would not survive that."""
+        if self.form != "dense":
+            kinds = {buffer.dtype for buffer in self.buffers() if buffer.is_floating_point()}
+            device = next(self.buffers()).device
+            for kind in kinds:
+                new = fn(torch.empty(0, dtype=kind, device=device))
+                if new.dtype != kind or (self.form == "int4pack" and new.device.type != "cpu"):
+                    hint = "load it as it will run: from_pretrained(folder, device_map='cuda', dtype=torch.bfloat16)"
+                    here = f"weights packed for {device.type} ({self.form})"
+                    raise CircuitpressError(f"{here} cannot become {new.dtype} on {new.device}", hint=hint)
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        """Shape, formats and form, for `print(model)`."""
+        names = ", ".join(dict.fromkeys(part.format.name for part in self.descriptor.parts))
+        return f"in_features={self.in_features}, out_features={self.out_features}, formats={names}, form={self.form}"
+
+
+def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
+    """The packed modules of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
