@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from circuitpress.files import write_bytes_atomic
 from circuitpress.stream import Stream
-from torch import Tensor, nn
 
 
 def save_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes one results file with the commit, machine, versions and command that made it."""
     root = Path(__file__).parent.parent
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
+    )
     document = {
         "commit": commit.stdout.strip() or "unknown",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
@@ -41,7 +44,10 @@ def _short(argument: str) -> str:
 
 def readable_text(path: Path, tokenizer: Any, folder: Path) -> Path:
     """`path`, or a copy in `folder` without line breaks for a tokenizer that has none (babyllama-105)."""
-    if tokenizer.unk_token_id is None or tokenizer.unk_token_id not in tokenizer("\n", add_special_tokens=False).input_ids:
+    if (
+        tokenizer.unk_token_id is None
+        or tokenizer.unk_token_id not in tokenizer("\n", add_special_tokens=False).input_ids
+    ):
         return path
     copy = folder / path.name
     copy.write_text(path.read_text().replace("\n", " "))
@@ -79,6 +85,6 @@ def _log_probability(model: Any, tokenizer: Any, sentences: Sequence[str], bos: 
         for i, row in enumerate(part):
             padded[i, : len(row)] = torch.tensor(row)
             mask[i, : len(row)] = 1
-        logits = model(padded, attention_mask=mask).logits.float().log_softmax(-1)
+        logits = model(padded, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)
         chosen = logits[:, :-1].gather(2, padded[:, 1:, None])[..., 0]
         yield (chosen * mask[:, 1:]).sum(1)

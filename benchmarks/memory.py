@@ -18,8 +18,9 @@ from typing import Any
 
 import click
 import torch
-from common import save_results
 from safetensors.torch import save_file
+
+from common import save_results
 
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
@@ -54,7 +55,16 @@ def main(blocks: int, windows: int, length: int, model: Path | None, worker: Pat
         folder = model or Path(scratch) / "model"
         if not (folder / "config.json").exists():
             _write_random_model(folder, blocks)
-        command = [sys.executable, __file__, "--worker", str(folder), "--windows", str(windows), "--length", str(length)]
+        command = [
+            sys.executable,
+            __file__,
+            "--worker",
+            str(folder),
+            "--windows",
+            str(windows),
+            "--length",
+            str(length),
+        ]
         row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
     save_results(out, [row])
     click.echo(json.dumps(row, indent=1))

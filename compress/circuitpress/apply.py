@@ -1,7 +1,8 @@
 """Writes the compressed model: one forward walk, one atomic shard a block, then one rename.
 
 1. For every block: rebuild the Hessians (rounding.py), quantize by plan, pack, and write the block's tensors as one
-   shard. A shard carries the digest of the plan; a rerun keeps shards that match and only walks through their blocks.
+   shard, in a folder named by the digest of the plan. A rerun keeps the shards of its plan and only walks through their
+   blocks; those of other plans are removed.
 2. Everything outside the blocks (embeddings, final norm, lm_head) becomes the first shard, unchanged.
 3. Shards, index, config and tokenizer are collected in a partial folder that is renamed when it is whole.
 
@@ -25,7 +26,7 @@ from .anatomy import Block, family_of
 from .checkpoint import METHOD, Headers, Weights, read_headers
 from .console import Advance, ignore
 from .files import atomic, write_bytes_atomic
-from .formats import CastFormat, pack_segments
+from .formats import CastFormat, pack_segments, parse
 from .quantize import Quantized
 from .rounding import block_hessians, round_block, segments_by_module
 from .stream import Stream, forward
@@ -33,6 +34,9 @@ from .units import Plan
 
 VERSION = 1
 """The version of the packed checkpoint format in `quantization_config`."""
+
+_METADATA = {"format": "pt"}
+"""transformers asks for it. One key only: safetensors writes several in random order, which would change the bytes."""
 
 _CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
 
@@ -45,7 +49,7 @@ def apply(
     `windows` are the calibration tokens that were priced, `saliency` the folder of the price shards, `shards` the place
     for the blocks that are already done. Raises CircuitpressError when a file cannot be written.
     """
-    digest = hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest()
+    shards = _shard_folder(shards, plan)
     layout = segments_by_module(plan.decisions)
     batches = stream.batches(windows)
     headers = read_headers(stream.anatomy.folder)
@@ -53,24 +57,24 @@ def apply(
     weights = Weights(headers, family.prefix)
     modules: dict[str, Any] = {}
     for block in stream.anatomy.blocks:
-        modules |= _descriptors(block, layout, stream.anatomy.dtype)
+        modules |= _descriptors(block, layout)
 
     def visit(index: int, module: nn.Module, inputs: Callable[[int], Tensor]) -> None:
         path = _shard(shards, index)
-        if _digest_of(path) != digest:
+        if not path.exists():
             place = stream.anatomy.blocks[index]
             order = torch.tensor(plan.neuron_order[index]) if index in plan.neuron_order else None
             hessians = block_hessians(stream, module, place, inputs, len(batches), saliency)
             rounded = round_block(module, place, layout, hessians, order)
             tensors = _block_tensors(weights, headers, place, rounded, modules, order)
-            write_bytes_atomic(path, save(tensors, metadata={"format": "pt", "plan": digest}))
+            write_bytes_atomic(path, save(tensors, metadata=_METADATA))
 
     store = stream.store("apply")
     try:
         forward(stream, batches, store, visit=visit, advance=advance)
     finally:
         store.clear()
-    _write_outer(headers, stream, shards, digest)
+    _write_outer(headers, stream, shards)
     _collect(headers, stream, modules, shards, out)
 
 
@@ -78,19 +82,21 @@ def _shard(shards: Path, index: int | None) -> Path:
     return shards / ("outer.safetensors" if index is None else f"block-{index:05d}.safetensors")
 
 
-def _digest_of(path: Path) -> str | None:
-    if not path.exists():
-        return None
-    with safe_open(path, framework="pt") as file:
-        return file.metadata().get("plan")
+def _shard_folder(shards: Path, plan: Plan) -> Path:
+    """The folder for this plan's shards; the others' are removed."""
+    digest = hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+    for other in shards.glob("*"):
+        if other.name != digest:
+            shutil.rmtree(other, ignore_errors=True)
+    return shards / digest
 
 
-def _descriptors(block: Block, layout: dict[str, tuple[str, list[tuple[str, int, int]]]], dtype: str) -> dict[str, Any]:
-    """The entries of `quantization_config.modules`; a matrix kept whole in its own type stays an ordinary weight."""
+def _descriptors(block: Block, layout: dict[str, tuple[str, list[tuple[str, int, int]]]]) -> dict[str, Any]:
+    """The entries of `quantization_config.modules`; a matrix of floating-point segments alone stays an ordinary weight."""
     result = {}
     for matrix in block.matrices:
         axis, segments = layout[matrix.module]
-        if all(form == dtype for form, _, _ in segments):
+        if all(isinstance(parse(form), CastFormat) for form, _, _ in segments):
             continue
         entries = [{"format": form, "start": start, "stop": stop} for form, start, stop in segments]
         result[matrix.module] = {"shape": [matrix.rows, matrix.cols], "axis": axis, "segments": entries}
@@ -119,23 +125,22 @@ def _block_tensors(
             packed = pack_segments([(form, value) for form, _, _, value in rounded[module].parts])
             tensors |= {f"{module}.{key}": value.cpu() for key, value in packed.items()}
         else:
-            # Rounded to its own type: exact, also after the permutation of neurons.
+            # Exact in the checkpoint's own type, also after the permutation of neurons.
             parts = rounded[module].parts
-            assert all(isinstance(form, CastFormat) for form, *_ in parts)
             tensor = torch.cat([value for *_, value in parts], 0 if rounded[module].axis == "rows" else 1)
             tensors[name] = (tensor.T if matrix.transposed else tensor).contiguous().cpu()
     return tensors
 
 
-def _write_outer(headers: Headers, stream: Stream, shards: Path, digest: str) -> None:
+def _write_outer(headers: Headers, stream: Stream, shards: Path) -> None:
     path = _shard(shards, None)
-    if _digest_of(path) == digest:
+    if path.exists():
         return
     weights = Weights(headers, family_of(headers.config).prefix)
     prefixes = tuple(block.prefix + "." for block in stream.anatomy.blocks)
     names = [weights.model_name(stored) for stored in headers.tensors]
     tensors = {name: weights.read(name) for name in names if not name.startswith(prefixes)}
-    write_bytes_atomic(path, save(tensors, metadata={"format": "pt", "plan": digest}))
+    write_bytes_atomic(path, save(tensors, metadata=_METADATA))
 
 
 def _collect(headers: Headers, stream: Stream, modules: dict[str, Any], shards: Path, out: Path) -> None:

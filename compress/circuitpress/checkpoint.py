@@ -21,7 +21,20 @@ if TYPE_CHECKING:
 METHOD = "circuitpress"
 """The `quant_method` of our own models."""
 
-_ITEM = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+_ITEM = {
+    "F64": 8,
+    "I64": 8,
+    "F32": 4,
+    "I32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U8": 1,
+    "I8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
 _DTYPE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -72,7 +85,9 @@ def resolve_checkpoint(model: str, *, trust_remote_code: bool = False) -> Path:
         return folder
     repo, _, revision = model.partition("@")
     if model.startswith((".", "/", "~")) or repo.count("/") != 1:
-        raise CheckpointError(f"{model}: no such folder", hint="pass a checkpoint folder or a Hub id user/name[@revision]")
+        raise CheckpointError(
+            f"{model}: no such folder", hint="pass a checkpoint folder or a Hub id user/name[@revision]"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -114,7 +129,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}", hint="download or save the checkpoint again") from error
+        raise CheckpointError(
+            f"{path} is not valid JSON: {error}", hint="download or save the checkpoint again"
+        ) from error
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -193,7 +210,9 @@ class Weights:
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             bad = int((~tensor.isfinite()).sum())
             hint = "no method can price such weights: fix or download the checkpoint again"
-            raise CheckpointError(f"{self._headers.folder}: tensor {name} holds {bad} NaN or infinite values", hint=hint)
+            raise CheckpointError(
+                f"{self._headers.folder}: tensor {name} holds {bad} NaN or infinite values", hint=hint
+            )
         return tensor
 
     def is_packed(self, module: str) -> bool:

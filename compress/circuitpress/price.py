@@ -191,7 +191,9 @@ class _BlockPricer:
             weight = weight_of(self.module, self.place, matrix).float()
             hessian = hessians.pop(matrix.module)
             if order is not None:
-                weight, hessian = permute_neurons(matrix.role, weight, hessian, torch.from_numpy(order))
+                index = torch.from_numpy(order)
+                weight = permute_neurons(matrix.role, weight, index)
+                hessian = permute_inputs(matrix.role, hessian, index)
             rounded[matrix.module], note = quantize_everywhere(weight, hessian, formats)
             if note:
                 notes[matrix.module] = note
@@ -214,7 +216,7 @@ class _BlockPricer:
                 weight = weight_of(self.module, self.place, matrix).float()
                 flow = flows[name]
                 if index is not None:
-                    weight = permute_neurons(matrix.role, weight, None, index)[0]
+                    weight = permute_neurons(matrix.role, weight, index)
                     flow = _permute_flow(matrix.role, flow, index)
                 for f, form in enumerate(formats):
                     change = (rounded[name][form].decode() - weight).to(flow.x.dtype)
@@ -239,14 +241,16 @@ def _segment_effects(flow: Flow, change: Tensor, groups: Sequence[Group]) -> Ten
     return torch.stack([products[:, span.start : span.stop].float().sum(1) for span in spans], 1)
 
 
-def permute_neurons(role: str, weight: Tensor, hessian: Tensor | None, order: Tensor) -> tuple[Tensor, Tensor]:
-    """Reorders the neurons of one matrix: rows of gate and up, columns (and the Hessian) of down; others stay."""
+def permute_neurons(role: str, weight: Tensor, order: Tensor) -> Tensor:
+    """Reorders the neurons of one matrix [rows, cols]: rows of gate and up, columns of down; others stay."""
     if role in ("gate", "up"):
-        weight = weight[order]
-    elif role == "down":
-        weight = weight[:, order]
-        hessian = None if hessian is None else hessian[order][:, order]
-    return weight, hessian  # pyright: ignore[reportReturnType]
+        return weight[order]
+    return weight[:, order] if role == "down" else weight
+
+
+def permute_inputs(role: str, hessian: Tensor, order: Tensor) -> Tensor:
+    """Reorders the neurons in the Hessian [cols, cols] of a matrix's inputs, which only those of down are."""
+    return hessian[order][:, order] if role == "down" else hessian
 
 
 def _permute_flow(role: str, flow: Flow, order: Tensor) -> Flow:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .console import Advance, ignore
 from .hooks import replace, weight_of
-from .price import permute_neurons
+from .price import permute_inputs, permute_neurons
 from .quantize import quantize_everywhere
 from .rounding import block_hessians, decoded_in_place, round_block, segments_by_module
 from .score.variants import Edit, measure
@@ -32,7 +32,8 @@ def uniform_plan(prices: Prices, form: str) -> tuple[Decision, ...]:
     """The decisions that give every group the format `form`."""
     f = prices.column(form)
     return tuple(
-        Decision(group, form, int(prices.nbytes[i, f]), float(prices.nats[i, f])) for i, group in enumerate(prices.groups)
+        Decision(group, form, int(prices.nbytes[i, f]), float(prices.nats[i, f]))
+        for i, group in enumerate(prices.groups)
     )
 
 
@@ -112,14 +113,15 @@ def exact(
             matrix, hessian = matrices[name], hessians[name]
             weight = weight_of(module, place, matrix).float()
             if order is not None:
-                weight, hessian = permute_neurons(matrix.role, weight, hessian, order)
+                weight = permute_neurons(matrix.role, weight, order)
+                hessian = permute_inputs(matrix.role, hessian, order)
             rounded, _ = quantize_everywhere(weight, hessian, forms)
             for i, form in mine:
                 group = prices.groups[i]
                 if group.segments[0].module == name:
                     changed = _only(group, weight, rounded[form].decode())
                     if order is not None:
-                        changed = permute_neurons(matrix.role, changed, None, torch.argsort(order))[0]
+                        changed = permute_neurons(matrix.role, changed, torch.argsort(order))
                     edit = partial(replace, module, {place.local(matrix): changed}, transposed=matrix.transposed)
                     result[f"{i}:{form}"] = edit
         return result

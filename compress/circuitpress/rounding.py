@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .anatomy import Block
 from .hooks import capture, weight_of
-from .price import load_saliency, permute_neurons
+from .price import load_saliency, permute_inputs, permute_neurons
 from .quantize import Quantized, quantize_matrix
 from .score.fisher import add_second_moment
 from .stream import Stream
@@ -75,7 +75,8 @@ def round_block(
         axis, segments = plan[matrix.module]
         weight, hessian = weight_of(module, place, matrix).float(), hessians[matrix.module]
         if order is not None:
-            weight, hessian = permute_neurons(matrix.role, weight, hessian, order)
+            weight = permute_neurons(matrix.role, weight, order)
+            hessian = permute_inputs(matrix.role, hessian, order)
         result[matrix.module] = quantize_matrix(weight, hessian, axis, segments)  # pyright: ignore[reportArgumentType]
     return result
 
@@ -87,6 +88,6 @@ def decoded_in_place(quantized: Mapping[str, Quantized], place: Block, order: Te
     for matrix in place.matrices:
         weight = quantized[matrix.module].decode()
         if back is not None:
-            weight = permute_neurons(matrix.role, weight, None, back)[0]
+            weight = permute_neurons(matrix.role, weight, back)
         result[place.local(matrix)] = weight
     return result

@@ -92,7 +92,9 @@ def split_protected(prices: Prices, units: Sequence[UnitId], anatomy: Anatomy) -
             rows.append(i)
             shares.append(part.numel / group.numel)
     share = np.array(shares)[:, None]
-    nbytes = [[sum(parse(f).nbytes(s.rows, s.cols) for s in group.segments) for f in prices.formats] for group in groups]
+    nbytes = [
+        [sum(parse(f).nbytes(s.rows, s.cols) for s in group.segments) for f in prices.formats] for group in groups
+    ]
     return replace(
         prices,
         groups=tuple(groups),
@@ -104,7 +106,9 @@ def split_protected(prices: Prices, units: Sequence[UnitId], anatomy: Anatomy) -
     )
 
 
-def _protected_runs(block: Block, matrix: Matrix, units: Sequence[UnitId], neurons: int) -> dict[tuple[int, int], list[UnitId]]:
+def _protected_runs(
+    block: Block, matrix: Matrix, units: Sequence[UnitId], neurons: int
+) -> dict[tuple[int, int], list[UnitId]]:
     """Spans of rows (columns for o and down) that belong to `units`, with the units that claim them."""
     share, width = block.heads // block.kv_heads, block.head_dim
     runs: dict[tuple[int, int], list[UnitId]] = {}

@@ -131,7 +131,12 @@ class Stream:
 
 
 def open_stream(
-    folder: Path, *, device: str = "cpu", dtype: str = "auto", spill: Path | None = None, batch_tokens: int | None = None
+    folder: Path,
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    spill: Path | None = None,
+    batch_tokens: int | None = None,
 ) -> Stream:
     """Opens a checkpoint folder (dense, or packed by circuitpress) without reading its blocks.
 

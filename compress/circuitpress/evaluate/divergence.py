@@ -51,7 +51,9 @@ class Tally:
         length = self.tokens / len(windows)
         spread = windows.std(ddof=1) / np.sqrt(len(windows)) / length if len(windows) > 1 else np.inf
         with np.errstate(over="ignore"):
-            perplexities = [float(np.exp(np.mean(loss))) if loss else float("nan") for loss in (self.loss, self.reference_loss)]
+            perplexities = [
+                float(np.exp(np.mean(loss))) if loss else float("nan") for loss in (self.loss, self.reference_loss)
+            ]
         return Divergence(
             kl=float(windows.sum() / self.tokens),
             kl_stderr=float(spread),

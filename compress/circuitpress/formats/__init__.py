@@ -40,7 +40,9 @@ def parse(name: str) -> Format:
     for pattern, build in _TABLE:
         if match := pattern.fullmatch(name):
             return build(*match.groups())
-    raise ValueError(f"{name!r} is not a format: there are int2 to int8 (int4g32 sets the group), float16, bfloat16, float32, dense")
+    raise ValueError(
+        f"{name!r} is not a format: there are int2 to int8 (int4g32 sets the group), float16, bfloat16, float32, dense"
+    )
 
 
 def resolve(name: str, *, group_size: int, dtype: torch.dtype) -> str:
@@ -58,4 +60,6 @@ def decode_segments(
     """The weights of a packed module, float32 [rows, cols], from its flat tensors and its descriptor's entries."""
     parts = [(parse(entry["format"]), entry["start"], entry["stop"]) for entry in segments]
     values = split_segments(tensors, shape, parts, axis)
-    return torch.cat([form.decode(value) for (form, _, _), value in zip(parts, values, strict=True)], 0 if axis == "rows" else 1)
+    return torch.cat(
+        [form.decode(value) for (form, _, _), value in zip(parts, values, strict=True)], 0 if axis == "rows" else 1
+    )

@@ -12,6 +12,11 @@ Cholesky factor and no inverse: half the time and a third of the memory of the u
 Columns are visited group by group, the most excited group first, and within a group the most excited column first:
 the gain of act-order without storing an index, since the order of storage does not change.
 
+The grid of a group must suit the targets that its columns will have, which are not known yet: the errors of the group's
+own columns are still to come. If those errors made up exactly for what earlier groups pass on, column k would be asked
+for W_k + d_k with d L_gg = sum_{j in earlier groups} E_j L_jg, one triangular solve. This is the matrix that the
+textbook form keeps updated, and what the grid is fitted to.
+
 Rows are independent given H, so one call may round different rows to different widths: pricing rounds a matrix to all
 formats in one pass by stacking copies.
 
@@ -53,27 +58,34 @@ def gptq(weight: Tensor, hessian: Tensor, bounds: Sequence[tuple[int, int]], max
     """
     rows, cols = weight.shape
     unit, diagonal, order, fallback = _factor(hessian, bounds)
-    codes = torch.zeros(rows, cols, dtype=torch.uint8, device=weight.device)
+    codes = torch.zeros(cols, rows, dtype=torch.uint8, device=weight.device)
     scales = torch.ones(rows, len(bounds), dtype=torch.float16, device=weight.device)
     zeros = torch.zeros(rows, len(bounds), dtype=torch.uint8, device=weight.device)
-    permuted = weight[:, order.columns]
+    # Transposed, because all the work goes column by column: contiguous columns take half the time.
+    permuted = weight.T[order.columns]
     error = torch.zeros_like(permuted)
     for group, start, stop in reversed(order.groups):
-        target = permuted[:, start:stop] + error[:, stop:] @ unit[stop:, start:stop]
+        passed_on = unit[stop:, start:stop].T @ error[stop:]
+        target = permuted[start:stop] + passed_on
         width = maxq[:, group].to(weight.dtype)
         kept = width == 0
         width = width.clamp(min=1)
-        scale, zero = fit_grid(target, width, diagonal[start:stop])
-        s, z = scale.float(), zero
+        # What the columns will be asked to round: each of them also makes up for those of the group that go before it.
+        inner = unit[start:stop, start:stop].T
+        expected = torch.linalg.solve_triangular(inner, passed_on, upper=True, unitriangular=True).add_(
+            permuted[start:stop]
+        )
+        scale, zero = fit_grid(expected, width, diagonal[start:stop])
+        s, any_kept = scale.float(), bool(kept.any())
         for k in range(stop - 1, start - 1, -1):
-            code, value = round_to_grid(target[:, k - start], s, z, width)
-            wrong = torch.where(kept, 0, permuted[:, k] - value)
-            codes[:, order.columns[k]] = code.to(torch.uint8)
-            error[:, k] = wrong
-            if k > start:
-                target[:, : k - start].addr_(wrong, unit[k, start:k])
+            code, value = round_to_grid(target[k - start], s, zero, width)
+            wrong = torch.sub(permuted[k], value, out=error[k])
+            if any_kept:
+                wrong[kept] = 0
+            codes[order.columns[k]] = code.to(torch.uint8)
+            target[: k - start].addr_(unit[k, start:k], wrong)
         scales[:, group], zeros[:, group] = scale, zero.to(torch.uint8)
-    return Rounding(codes, scales, zeros, fallback)
+    return Rounding(codes.T.contiguous(), scales, zeros, fallback)
 
 
 class _Order(NamedTuple):
@@ -93,7 +105,12 @@ def _factor(hessian: Tensor, bounds: Sequence[tuple[int, int]]) -> tuple[Tensor,
     if not finite:
         return *plain, order, "no usable Hessian: rounded to nearest"
     mean = float(excitement.mean())
-    for damping, dtype in ((DAMPING, torch.float32), (0.1, torch.float32), (1.0, torch.float32), (DAMPING, torch.float64)):
+    for damping, dtype in (
+        (DAMPING, torch.float32),
+        (0.1, torch.float32),
+        (1.0, torch.float32),
+        (DAMPING, torch.float64),
+    ):
         damped = _reordered(hessian, order.columns).to(dtype)
         damped.diagonal().add_(damping * mean)
         factor, info = torch.linalg.cholesky_ex(damped)
@@ -114,7 +131,7 @@ def _reordered(hessian: Tensor, columns: Tensor) -> Tensor:
 
 
 def _visiting_order(excitement: Tensor, bounds: Sequence[tuple[int, int]]) -> _Order:
-    """Least excited group first and least excited column first, since columns are visited from the last to the first."""
+    """Least excited group first and least excited column first: columns are visited from the last to the first."""
     means = torch.stack([excitement[start:stop].mean() for start, stop in bounds])
     columns, groups, at = [], [], 0
     for group in means.argsort(stable=True).tolist():

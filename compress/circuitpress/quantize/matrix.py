@@ -1,6 +1,6 @@
 """One matrix, several formats: along its rows, along its columns, or all formats of a menu at once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,15 +57,13 @@ def quantize_everywhere(weight: Tensor, hessian: Tensor, formats: Sequence[str])
     return result, "; ".join(sorted({note for note in notes if note}))
 
 
-def quantize_matrix(
-    weight: Tensor, hessian: Tensor, axis: Axis, segments: Sequence[Mapping[str, Any]] | Sequence[tuple[str, int, int]]
-) -> Quantized:
+def quantize_matrix(weight: Tensor, hessian: Tensor, axis: Axis, segments: Sequence[tuple[str, int, int]]) -> Quantized:
     """Rounds each segment (format name, start, stop) of a matrix float32 [rows, cols] to its format.
 
     Rows do not influence each other, so segments of rows are rounded on their own; segments of columns share one GPTQ
     pass in which every segment's columns feed their error to the others.
     """
-    parts = [(parse(name), start, stop) for name, start, stop in segments]  # pyright: ignore[reportGeneralTypeIssues]
+    parts = [(parse(name), start, stop) for name, start, stop in segments]
     if axis == "rows":
         return _by_rows(weight, hessian, parts)
     return _by_columns(weight, hessian, parts)

@@ -22,7 +22,13 @@ Mode = Literal["zero", "mean", "resample"]
 
 
 def ablate(
-    stream: Stream, windows: Tensor, units: Sequence[UnitId], *, mode: Mode = "mean", seed: int = 0, advance: Advance = ignore
+    stream: Stream,
+    windows: Tensor,
+    units: Sequence[UnitId],
+    *,
+    mode: Mode = "mean",
+    seed: int = 0,
+    advance: Advance = ignore,
 ) -> Scores:
     """KL(original || ablated) for each unit on `windows` int64 [n, length], in nats per predicted token.
 
@@ -51,10 +57,14 @@ def ablate(
     measured = measure(stream, windows, edits, context=windows if mode != "zero" else None, advance=advance)
     rows = [measured[str(unit)] for unit in units]
     values, stderr = (np.array([getattr(row, name) for row in rows]) for name in ("kl", "kl_stderr"))
-    return Scores(f"{mode}-ablation", "causal", tuple(units), values, stderr, {"seed": seed, "windows": windows.shape[0]})
+    return Scores(
+        f"{mode}-ablation", "causal", tuple(units), values, stderr, {"seed": seed, "windows": windows.shape[0]}
+    )
 
 
-def _values(stream: Stream, index: int, module: nn.Module, name: str, inputs: Callable[[int], Tensor], count: int) -> Tensor:
+def _values(
+    stream: Stream, index: int, module: nn.Module, name: str, inputs: Callable[[int], Tensor], count: int
+) -> Tensor:
     """The activations [tokens, cols] that enter matrix `name` over all context batches."""
     seen = []
     for b in range(count):

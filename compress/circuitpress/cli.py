@@ -1,0 +1,282 @@
+"""The command line: thin, lazy, and the only place that knows exit codes.
+
+click parses; every command imports what it needs when it runs, so `--help` never loads torch (1.1 s) or transformers.
+Results go to stdout, as a table or with `--json` as one document; everything else goes to stderr. Failures that a user
+can act on are one screen, "error: ... next: ...", without a traceback unless `--debug` is given.
+
+Exit codes: 0 ok, 1 failure, 2 usage or recipe, 3 infeasible budget, 4 quality gate missed, 130 interrupted (resumable).
+"""
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import __version__
+from .console import Console
+from .errors import CircuitpressError
+
+_HELP = {"help_option_names": ["-h", "--help"]}
+_FOLDER = click.Path(path_type=Path)
+
+
+class _Failure(click.ClickException):
+    """Carries any failure of a command, with the console that shows it, through click to `main`."""
+
+    def __init__(self, error: BaseException, console: Console) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.console = console
+
+
+def _command(*examples: str) -> Callable[[Callable[..., None]], click.Command]:
+    """Makes a command of a function whose first argument is the Console; adds the common options and the examples."""
+
+    def wrap(function: Callable[..., None]) -> click.Command:
+        @wraps(function)
+        def call(*, json: bool, quiet: bool, debug: bool, **values: Any) -> None:
+            console = Console(quiet=quiet, json=json, debug=debug)
+            try:
+                with console.listening():
+                    function(console, **values)
+            except (click.ClickException, click.Abort, click.exceptions.Exit):
+                raise
+            except (Exception, KeyboardInterrupt) as error:
+                raise _Failure(error, console) from error
+
+        epilog = "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples)
+        name = function.__name__.removesuffix("_")
+        command = click.command(name, epilog=epilog, context_settings=_HELP)(call)
+        command.params += [
+            click.Option(["--json"], is_flag=True, help="Print one JSON document on stdout instead of a table."),
+            click.Option(["--quiet"], is_flag=True, help="No progress on stderr; errors are still shown."),
+            click.Option(["--debug"], is_flag=True, help="Show the log on stderr, and tracebacks."),
+        ]
+        return command
+
+    return wrap
+
+
+_device = click.option("--device", help="auto, cpu, cuda, cuda:1, mps. Default: what the recipe says, else auto.")
+_set = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key of the recipe.")
+_restart = click.option("--restart", is_flag=True, help="Throw away what an earlier run left in the folder.")
+
+
+@click.group(context_settings=_HELP)
+@click.version_option(__version__, prog_name="circuitpress")
+def cli() -> None:
+    """Compress language models by what their parts do, priced in nats per token.
+
+    `run` does everything; `score`, `plan`, `apply`, `eval` and `report` are its steps.
+    """
+
+
+@cli.add_command
+@_command(
+    "circuitpress run recipes/quickstart.yaml",
+    "circuitpress run recipe.yaml --set plan.budget=2.5bpw --out runs/small",
+)
+@click.argument("recipe", type=_FOLDER)
+@_set
+@click.option("--out", type=_FOLDER, help="The run folder. Default: runs/NAME-OF-THE-RECIPE.")
+@_restart
+@_device
+def run(
+    console: Console, recipe: Path, overrides: tuple[str, ...], out: Path | None, restart: bool, device: str | None
+) -> None:
+    """Price, plan, compress, measure and explain a model.
+
+    The same command again resumes. Finished stages are kept.
+    """
+    from .recipe import Recipe
+    from .run import check_gates, run_recipe
+
+    wanted = Recipe.load(recipe, overrides=[*overrides, *_device_override(device)])
+    text, document = run_recipe(wanted, out or Path("runs") / recipe.stem, console, restart=restart)
+    console.result(text, document)
+    check_gates(wanted, document)
+
+
+@cli.add_command
+@_command("circuitpress check path/to/checkpoint", "circuitpress check user/name@revision --json")
+@click.argument("model")
+@_device
+def check(console: Console, model: str, device: str | None) -> None:  # noqa: ARG001 (nothing is computed)
+    """Say whether a model is supported and what a run needs.
+
+    Prints its parts, memory and disk. Reads config.json and safetensors headers, no weights.
+    """
+    from .run import check_model
+
+    console.result(*check_model(model))
+
+
+@cli.add_command
+@_command(
+    "circuitpress score path/to/checkpoint --out runs/mine",
+    "circuitpress score path/to/checkpoint --out runs/mine --set data.calibration=text.txt",
+)
+@click.argument("model")
+@click.option("--out", type=_FOLDER, required=True, help="The run folder.")
+@_set
+@_restart
+@_device
+def score(
+    console: Console, model: str, out: Path, overrides: tuple[str, ...], restart: bool, device: str | None
+) -> None:
+    """Price all parts of a model in every format.
+
+    The same command again resumes. The next step is `plan`.
+    """
+    import json
+
+    from .recipe import Recipe
+    from .run import score_model
+
+    overrides = (f"model={json.dumps(model)}", *overrides, *_device_override(device))
+    recipe = Recipe.parse("{}", name="score", folder=Path(), overrides=overrides)
+    console.result(*score_model(recipe, out, console, restart=restart))
+
+
+@cli.add_command
+@_command(
+    "circuitpress plan runs/mine --budget 3.0bpw",
+    "circuitpress plan runs/mine --budget 40% --protect L3.head.2 --pareto",
+)
+@click.argument("folder", metavar="DIR", type=_FOLDER)
+@click.option("--budget", help="3.0bpw (bits per weight), 40% (of 16-bit linear weights) or 900MB (all files).")
+@click.option("--target", help="Runtime of the model: native.")
+@click.option("--protect", multiple=True, help="A part that keeps a good format; may be repeated.")
+@click.option("--pareto", is_flag=True, help="Show the whole front of budgets and predictions.")
+@_device
+def plan(
+    console: Console, folder: Path, budget: str | None, target: str | None, protect: tuple[str, ...], pareto: bool,
+    device: str | None,
+) -> None:  # fmt: skip
+    """Spend a budget on a scored model.
+
+    Nothing is scored again, so it takes seconds. The next step is `apply`.
+    """
+    from .run import replan
+
+    del device  # planning runs on the CPU
+    console.result(*replan(folder, console, budget=budget, target=target, protect=protect, front=pareto))
+
+
+@cli.add_command
+@_command("circuitpress apply runs/mine")
+@click.argument("folder", metavar="DIR", type=_FOLDER)
+@_device
+def apply(console: Console, folder: Path, device: str | None) -> None:
+    """Write the model of a plan.
+
+    The same command again resumes. The next step is `eval`.
+    """
+    from .run import apply_plan
+
+    console.result(*apply_plan(folder, console, device=device))
+
+
+@cli.add_command
+@_command(
+    "circuitpress eval runs/mine/model",
+    "circuitpress eval MODEL_DIR --reference path/to/original --text test.txt --windows 32 --length 512",
+)
+@click.argument("model", metavar="MODEL_DIR", type=_FOLDER)
+@click.option("--reference", help="The original model. Default: that of the run folder around MODEL_DIR.")
+@click.option("--text", type=_FOLDER, help="Text to measure on. Default: the run's test text.")
+@click.option("--windows", type=click.IntRange(1), help="Windows of text. Default: 64, or the run's.")
+@click.option("--length", type=click.IntRange(2), help="Tokens in a window. Default: 512, or the run's.")
+@_device
+def eval_(
+    console: Console, model: Path, reference: str | None, text: Path | None, windows: int | None, length: int | None,
+    device: str | None,
+) -> None:  # fmt: skip
+    """Measure a model against its original.
+
+    Prints KL in nats per token, top-1 agreement and perplexity. In a run folder the next step is `report`.
+    """
+    from .run import measure_model
+
+    console.result(
+        *measure_model(model, console, reference=reference, text=text, windows=windows, length=length, device=device)
+    )
+
+
+@cli.add_command
+@_command("circuitpress report runs/mine")
+@click.argument("folder", metavar="DIR", type=_FOLDER)
+@_device
+def report(console: Console, folder: Path, device: str | None) -> None:  # noqa: ARG001 (nothing is computed)
+    """Write a run folder's report.html.
+
+    One self-contained page: what was asked, what came out, prices, bits, predicted and measured KL.
+    """
+    from .run import make_report
+
+    console.result(*make_report(folder, console))
+
+
+@cli.add_command
+@_command("circuitpress diff runs/a runs/b", "circuitpress diff old/plan.json new/plan.json")
+@click.argument("first", metavar="PLAN_A", type=_FOLDER)
+@click.argument("second", metavar="PLAN_B", type=_FOLDER)
+@_device
+def diff(console: Console, first: Path, second: Path, device: str | None) -> None:  # noqa: ARG001 (nothing is computed)
+    """Show what differs between two plans.
+
+    Either is a plan.json or a run folder.
+    """
+    from .run import compare_plans
+
+    console.result(*compare_plans(first, second))
+
+
+def _device_override(device: str | None) -> list[str]:
+    return [f"run.device={device}"] if device else []
+
+
+def main(args: list[str] | None = None) -> None:
+    """The entry point: runs a command and leaves the process with its exit code."""
+    sys.exit(invoke(args))
+
+
+def invoke(args: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code; what went wrong is on stderr."""
+    try:
+        code = cli.main(args, prog_name="circuitpress", standalone_mode=False)
+    except _Failure as failure:
+        return _show(failure.error, failure.console)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "circuitpress"
+        Console().fail(error.format_message(), f"{command} --help")
+        return 2
+    except click.ClickException as error:
+        Console().fail(error.format_message())
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return _show(KeyboardInterrupt(), Console())
+    return code if isinstance(code, int) else 0
+
+
+def _show(error: BaseException, console: Console) -> int:
+    """Prints a failure on one screen and returns its exit code."""
+    if console.debug:
+        import traceback
+
+        console.fail("".join(traceback.format_exception(error)).rstrip())
+    if isinstance(error, KeyboardInterrupt):
+        console.fail("interrupted", "the same command again goes on where it stopped")
+        return 130
+    if isinstance(error, CircuitpressError):
+        console.fail(error.message, error.hint)
+        return error.exit_code
+    if isinstance(error, BrokenPipeError):
+        return 1
+    console.fail(
+        f"{type(error).__name__}: {error}", None if console.debug else "run again with --debug for a traceback"
+    )
+    return 1

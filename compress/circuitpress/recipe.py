@@ -1,0 +1,322 @@
+"""The recipe: everything a user asks for, in one frozen, typed value. No torch here.
+
+1. The YAML file is read with `safe_load`; a key that appears twice is an error: YAML would drop one in silence.
+2. `--set plan.budget=2.5bpw` overrides are laid over it; their values are YAML too.
+3. pydantic checks the whole (unknown keys forbidden), with relative paths resolved against the recipe's folder, so that
+   a recipe means the same from every working directory.
+4. Every problem is reported at once, each on a line that begins with the dotted key; an unknown key names the nearest.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StringConstraints,
+    ValidationError,
+)
+
+from .errors import RecipeError
+
+BUDGET = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(bpw|%|[kMG]?B|[KMG]iB)")
+FORMAT = re.compile(r"int[2-8](g[1-9]\d*)?|float16|bfloat16|float32|dense")
+
+
+def _check_budget(value: object) -> str:
+    match = BUDGET.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None or float(match[1]) <= 0:
+        raise ValueError("not a budget: write bits per weight, percent or bytes, such as 3.0bpw, 40% or 900MB")
+    return match[0]
+
+
+def _check_format(name: str) -> str:
+    if FORMAT.fullmatch(name) is None:
+        raise ValueError(
+            "not a format: there are int2 to int8 (int4g32 for groups of 32), float16, bfloat16, float32, dense"
+        )
+    return name
+
+
+def _check_file(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"no such file: {path}")
+    return path
+
+
+def _check_model(model: str) -> str:
+    """What is neither a folder nor looks like a path is taken for a Hub id[@revision]."""
+    if Path(model).exists() or re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(@[\w./-]+)?", model):
+        return model
+    raise ValueError(f"no such folder: {model}")
+
+
+Budget = Annotated[str, BeforeValidator(_check_budget)]
+FormatName = Annotated[str, AfterValidator(_check_format)]
+LocalFile = Annotated[Path, AfterValidator(_check_file)]
+UnitName = Annotated[str, StringConstraints(min_length=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Data(_Section):
+    """The texts: what is calibrated on and what is measured on."""
+
+    calibration: LocalFile | None = None
+    """Text that prices and rounding are computed on; without it, the text that comes with circuitpress."""
+    test: LocalFile | None = None
+    """Text that the result is measured on; without it, windows of the calibration text that nothing else uses."""
+    format: Literal["text", "chat"] = "text"
+    """`chat` runs the tokenizer's chat template over rows of {"messages": [...]} (jsonl) or over plain text."""
+    samples: int = Field(default=128, ge=1)
+    """Calibration windows."""
+    length: int = Field(default=512, ge=2)
+    """Tokens in a window."""
+    seed: int = 0
+    """Chooses the windows and draws the labels."""
+    bos: Literal["auto", "never", "always"] = "auto"
+    """Begin every window with the BOS token; `auto` does what the tokenizer itself does."""
+
+
+class Score(_Section):
+    """How parts are scored and how far the scores are checked."""
+
+    methods: tuple[Literal["fisher"], ...] = Field(default=("fisher",), min_length=1)
+    """Scoring methods."""
+    exact: float = Field(default=0.1, ge=0, le=1)
+    """Fraction of the groups whose price is checked by changing only that group and measuring KL."""
+    draws: int = Field(default=1, ge=1)
+    """Label draws per token; more draws, less noise, proportionally more time."""
+
+
+class Plan(_Section):
+    """What may be spent, and on what."""
+
+    budget: Budget = "3.0bpw"
+    """Bits per weight (3.0bpw), percent of the 16-bit linear weights (40%), or bytes of all files (900MB)."""
+    target: Literal["native"] = "native"
+    """The runtime that the plan is for."""
+    granularity: Literal["matrix", "unit"] = "matrix"
+    """One format a matrix, or one for every run of rows or columns that belongs to a KV group or neuron block."""
+    formats: tuple[FormatName, ...] = Field(
+        default=("int2", "int3", "int4", "int5", "int6", "int8", "dense"), min_length=1
+    )
+    """Formats on offer."""
+    protect: tuple[UnitName, ...] = ()
+    """Units, layers or modules that keep a good format whatever it costs, such as L3.head.2."""
+    floors: dict[int, float] = {}
+    """The least bits per weight of single layers, such as {0: 3, 1: 3}."""
+    probes: tuple[FormatName, ...] = ("int2", "int3", "int4")
+    """Uniform plans that are measured to correct the additive prediction; empty for none."""
+
+
+class Quantize(_Section):
+    """How weights are rounded."""
+
+    group_size: int = Field(default=64, ge=1)
+    """Consecutive input columns that share a scale, for formats that do not name their own."""
+
+
+class Evaluate(_Section):
+    """What is measured at the end, and what must be reached."""
+
+    windows: int = Field(default=64, ge=1)
+    """Test windows; also the number of held-out windows that probes are measured on."""
+    max_kl: float | None = Field(default=None, gt=0)
+    """Exit with code 4 if the measured KL, in nats per token, is above this."""
+    min_top1: float | None = Field(default=None, ge=0, le=1)
+    """Exit with code 4 if the top-1 agreement is below this."""
+
+
+class Machine(_Section):
+    """Where and in which precision the passes run."""
+
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    """`auto` takes a GPU when there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto` computes as the engine thinks best for the checkpoint and the device."""
+
+
+class Recipe(_Section):
+    """A whole run; every key but `model` has a default."""
+
+    version: Literal[1] = Field(default=1, alias="schema")
+    """Version of this schema."""
+    model: Annotated[str, AfterValidator(_check_model)]
+    """A checkpoint folder, or a Hub id with an optional @revision."""
+    data: Data = Data()
+    score: Score = Score()
+    plan: Plan = Plan()
+    quantize: Quantize = Quantize()
+    evaluate: Evaluate = Evaluate()
+    run: Machine = Machine()
+
+    @classmethod
+    def load(cls, path: Path, *, overrides: Sequence[str] = ()) -> Self:
+        """The recipe in a YAML file with `key=value` overrides; RecipeError holds every problem."""
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise RecipeError([f"cannot read the recipe {path}: {reason}"], hint=_STARTER) from error
+        return cls.parse(text, name=str(path), folder=path.parent, overrides=overrides)
+
+    @classmethod
+    def parse(cls, text: str, *, name: str, folder: Path, overrides: Sequence[str] = ()) -> Self:
+        """The recipe in a YAML text; `name` appears in messages, relative paths start at `folder`."""
+        document = _read_yaml(text, name)
+        if not isinstance(document, dict):
+            raise RecipeError([f"{name}: a recipe is a mapping of keys, found {_kind(document)}"], hint=_STARTER)
+        problems = [problem for override in overrides if (problem := _apply_override(document, override))]
+        try:
+            recipe = cls.model_validate(_resolve_paths(document, folder.resolve()))
+        except ValidationError as error:
+            problems += [_explain(entry) for entry in error.errors()]
+        else:
+            if not problems:
+                return recipe
+        raise RecipeError([f"{name}: {problem}" for problem in problems], hint=_FIX)
+
+    def to_yaml(self) -> str:
+        """The recipe with every default written out and every path absolute; `parse` reads it back from anywhere."""
+        return yaml.safe_dump(
+            self.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True, width=110
+        )
+
+    def flatten(self) -> dict[str, JsonValue]:
+        """Every setting under its dotted key: {"plan.budget": "3.0bpw", ...}."""
+        return dict(_flatten(self.model_dump(mode="json", by_alias=True)))
+
+    def replace(self, overrides: Mapping[str, JsonValue]) -> Self:
+        """A copy with dotted keys set, checked like a recipe that was read."""
+        lines = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+        return self.parse(self.to_yaml(), name="recipe", folder=Path(), overrides=lines)
+
+
+_FIX = "fix the keys above in the recipe or in --set"
+_STARTER = "the smallest recipe is one line: `model: path/to/checkpoint`; see recipes/quickstart.yaml"
+
+
+def json_schema() -> dict[str, JsonValue]:
+    """The JSON schema of a recipe, for editors."""
+    return Recipe.model_json_schema(by_alias=True)
+
+
+def known_keys() -> list[str]:
+    """Every dotted key and section name of a recipe."""
+    keys: list[str] = []
+    for name, info in Recipe.model_fields.items():
+        keys.append(info.alias or name)
+        if isinstance(info.annotation, type) and issubclass(info.annotation, _Section):
+            keys += [f"{name}.{key}" for key in info.annotation.model_fields]
+    return keys
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """safe_load that refuses a key which appears twice in one mapping."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: dict[object, int] = {}
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, (str, int, float)) and key in seen:
+                message = f"the key {key!r} appears twice, first in line {seen[key]}"
+                raise yaml.constructor.ConstructorError(None, None, message, key_node.start_mark)
+            if isinstance(key, (str, int, float)):
+                seen[key] = key_node.start_mark.line + 1
+        return super().construct_mapping(node, deep=deep)
+
+
+def _read_yaml(text: str, name: str) -> object:
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a subclass of SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        lines = text.splitlines()
+        shown = f"\n  {lines[mark.line]}\n  {' ' * mark.column}^" if mark and mark.line < len(lines) else ""
+        raise RecipeError([f"{where}: {error.problem}{shown}"], hint="fix this line of the recipe") from error
+    except yaml.YAMLError as error:
+        raise RecipeError([f"{name}: not YAML: {error}"], hint=_STARTER) from error
+
+
+def _apply_override(document: dict[str, object], override: str) -> str | None:
+    """Sets one `key=value` in `document`; returns the problem, if there is one."""
+    key, equals, value = override.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+        return f"--set {override}: expected key=value, such as --set plan.budget=2.5bpw"
+    try:
+        parsed = _read_yaml(value, f"--set {key}")
+    except RecipeError as error:
+        return error.message
+    *sections, leaf = key.split(".")
+    here = document
+    for section in sections:
+        inner = here.get(section)
+        if inner is not None and not isinstance(inner, dict):
+            return f"--set {override}: {section} is {_kind(inner)}, not a section"
+        here[section] = inner = dict(inner or {})
+        here = inner
+    here[leaf] = parsed
+    return None
+
+
+def _resolve_paths(document: Mapping[str, object], folder: Path) -> dict[str, object]:
+    """A copy of a recipe in which relative paths start at `folder`; a model that is no folder there stays as it is."""
+    result = dict(document)
+    model, data = result.get("model"), result.get("data")
+    if isinstance(model, str) and (model.startswith((".", "~")) or (folder / model).exists()):
+        result["model"] = str((folder / Path(model).expanduser()).resolve())
+    if isinstance(data, dict):
+        texts = {key: data[key] for key in ("calibration", "test") if isinstance(data.get(key), str)}
+        result["data"] = data | {key: (folder / Path(text).expanduser()).resolve() for key, text in texts.items()}
+    return result
+
+
+def _explain(entry: Mapping[str, object]) -> str:
+    """One line for one pydantic error: dotted key, value, cause."""
+    location = entry["loc"]
+    parts = [str(part) for part in location] if isinstance(location, tuple) else []
+    key, value = ".".join(parts), entry["input"]
+    if entry["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(key, known_keys(), n=1)
+        return f"{key}: unknown key" + (f"; did you mean {nearest[0]}?" if nearest else "")
+    if entry["type"] == "missing":
+        return f"{key}: required"
+    message = str(entry["msg"]).removeprefix("Value error, ")
+    found = "" if message.startswith("no such") else f" (found {_kind(value)})"
+    return f"{key}: {message[:1].lower()}{message[1:]}{found}"
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, dict):
+        return "a mapping"
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _flatten(document: Mapping[str, JsonValue], prefix: str = "") -> Iterator[tuple[str, JsonValue]]:
+    for key, value in document.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def describe_changes(
+    old: Mapping[str, JsonValue], new: Mapping[str, JsonValue], *, ignore: Iterable[str] = ()
+) -> list[str]:
+    """One line for every dotted key whose value differs: `plan.budget: '3.0bpw' -> '2.5bpw'`."""
+    keys = [key for key in (*old, *(key for key in new if key not in old)) if key not in set(ignore)]
+    return [f"{key}: {_kind(old.get(key))} -> {_kind(new.get(key))}" for key in keys if old.get(key) != new.get(key)]

@@ -1,0 +1,28 @@
+"""Runs: a recipe becomes a compressed model in a folder, stage by stage, resumable at every moment.
+
+`commands` is what the command line calls; `stages` is the order of work; `folder` keeps what was done.
+"""
+
+from .commands import (
+    apply_plan,
+    check_model,
+    compare_plans,
+    make_report,
+    measure_model,
+    replan,
+    run_recipe,
+    score_model,
+)
+from .stages import check_gates
+
+__all__ = [
+    "apply_plan",
+    "check_gates",
+    "check_model",
+    "compare_plans",
+    "make_report",
+    "measure_model",
+    "replan",
+    "run_recipe",
+    "score_model",
+]

@@ -1,0 +1,171 @@
+"""The stages of a run, in order; each reads what earlier ones wrote and writes its own files into the run folder.
+
+    check -> score -> exact -> probe -> plan -> apply -> evaluate -> report
+
+| stage | writes | what it does |
+|---|---|---|
+| check | anatomy.json | places every matrix; needs headers only |
+| score | scores, prices, pricing/ | Fisher scores and the price of every group in every format |
+| exact | exact.json | changes single groups and measures, to say how far prices can be trusted |
+| probe | probes.json | measures uniform plans, to correct the additive prediction |
+| plan | plan.json, pareto.json | spends the budget |
+| apply | shards/, model/ | rounds, packs, writes the model |
+| evaluate | evaluate/fidelity.json | KL, top-1 and perplexity against the original, on text that nothing else saw |
+| report | report.html | one page for people |
+
+Everything heavy (windows, the stream) is made when a stage first asks for it, so a rerun that finds all stages finished
+loads no weights.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ..errors import QualityGateMissed
+from ..recipe import Recipe
+from ..units import Plan, Probe
+from .folder import full_disk_is_an_error
+from .planning import plan_again
+from .session import Session
+
+EXACT_WINDOWS = 16
+"""Windows for single changes: there are many of them, and their rank needs less precision than the probes' KL."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step: its name, what it does, and the files that must exist for it to count as finished."""
+
+    name: str
+    work: Callable[[Session], None]
+    files: tuple[str, ...]
+
+
+def execute(session: Session, names: Sequence[str]) -> None:
+    """Runs those of the stages `names` that are not finished, in order, and enters each in the journal."""
+    for stage in STAGES:
+        if stage.name not in names:
+            continue
+        if session.folder.is_finished(stage.name, stage.files):
+            session.console.say(f"{stage.name:<9} done before")
+            continue
+        started = time.monotonic()
+        with full_disk_is_an_error(session.path):
+            stage.work(session)
+            session.folder.finish(stage.name, time.monotonic() - started)
+
+
+def _check(session: Session) -> None:
+    session.write("anatomy.json", session.anatomy.to_json())
+
+
+def _score(session: Session) -> None:
+    from ..price import price
+
+    recipe, (calibration, held_out, test) = session.recipe, session.windows
+    formats = session.names([*recipe.plan.formats, *recipe.plan.probes])
+    with session.console.progress("score", len(session.anatomy.blocks)) as advance:
+        scores, prices = price(
+            session.stream, calibration.ids, formats=formats, granularity=recipe.plan.granularity,
+            draws=recipe.score.draws, seed=recipe.data.seed, folder=session.path / "pricing", advance=advance,
+        )  # fmt: skip
+    provenance = {
+        "model": recipe.model,
+        "calibration": calibration.describe(),
+        "held_out": held_out.describe(),
+        "test": test.describe(),
+        "granularity": recipe.plan.granularity,
+        "offered": session.names(recipe.plan.formats),
+        "draws": recipe.score.draws,
+    }
+    replace(scores, provenance=scores.provenance | provenance).save(session.path / "scores.safetensors")
+    replace(prices, provenance=prices.provenance | provenance).save(session.path / "prices.safetensors")
+
+
+def _exact(session: Session) -> None:
+    from ..probe import choose_singles, exact
+
+    recipe, (calibration, held_out, _) = session.recipe, session.windows
+    formats = session.names(recipe.plan.probes or recipe.plan.formats)
+    singles = choose_singles(session.prices, formats, recipe.score.exact, seed=recipe.data.seed)
+    document: dict[str, Any] = {"rows": [], "spearman": None, "median_ratio": None}
+    if singles:
+        with session.console.progress("exact", len(session.anatomy.blocks)) as advance:
+            document = exact(
+                session.stream, calibration=calibration.ids, held_out=held_out.ids[:EXACT_WINDOWS],
+                prices=session.prices, saliency=session.path / "pricing", singles=singles, advance=advance,
+            )  # fmt: skip
+    session.write("exact.json", document)
+
+
+def _probe(session: Session) -> None:
+    from ..probe import probe
+
+    calibration, held_out, _ = session.windows
+    formats = session.names(session.recipe.plan.probes)
+    probes: list[Probe] = []
+    if formats:
+        with session.console.progress("probe", len(session.anatomy.blocks)) as advance:
+            probes = probe(
+                session.stream, calibration=calibration.ids, held_out=held_out.ids, prices=session.prices,
+                saliency=session.path / "pricing", formats=formats, advance=advance,
+            )  # fmt: skip
+    session.write("probes.json", [asdict(entry) for entry in probes])
+
+
+def _plan(session: Session) -> None:
+    plan_again(session, session.recipe)
+
+
+def _apply(session: Session) -> None:
+    from ..apply import apply
+
+    plan = Plan.load(session.path / "plan.json")
+    calibration, _, _ = session.windows
+    with session.console.progress("apply", len(session.anatomy.blocks)) as advance:
+        apply(
+            session.stream, plan, calibration.ids, saliency=session.path / "pricing", shards=session.path / "shards",
+            out=session.path / "model", advance=advance,
+        )  # fmt: skip
+
+
+def _evaluate(session: Session) -> None:
+    from ..evaluate import fidelity
+
+    _, _, test = session.windows
+    model = session.open(session.path / "model")
+    with session.console.progress("evaluate", 2 * len(session.anatomy.blocks)) as advance:
+        result = fidelity(model, session.stream, test.ids, advance=advance)
+    session.write("evaluate/fidelity.json", result.to_json() | {"text": test.describe()})
+
+
+def _report(session: Session) -> None:
+    from ..report import write_report
+
+    write_report(session.path)
+
+
+STAGES = (
+    Stage("check", _check, ("anatomy.json",)),
+    Stage("score", _score, ("scores.safetensors", "prices.safetensors")),
+    Stage("exact", _exact, ("exact.json",)),
+    Stage("probe", _probe, ("probes.json",)),
+    Stage("plan", _plan, ("plan.json", "pareto.json")),
+    Stage("apply", _apply, ("model/config.json",)),
+    Stage("evaluate", _evaluate, ("evaluate/fidelity.json",)),
+    Stage("report", _report, ("report.html",)),
+)
+NAMES = tuple(stage.name for stage in STAGES)
+
+
+def check_gates(recipe: Recipe, fidelity: dict[str, Any]) -> None:
+    """Raises QualityGateMissed if the measured fidelity is short of what the recipe asks for."""
+    missed = []
+    gates = recipe.evaluate
+    if gates.max_kl is not None and not fidelity["kl"] <= gates.max_kl:
+        missed.append(f"KL is {fidelity['kl']:.4g} nats per token, evaluate.max_kl is {gates.max_kl:g}")
+    if gates.min_top1 is not None and not fidelity["top1_agreement"] >= gates.min_top1:
+        missed.append(f"top-1 agreement is {fidelity['top1_agreement']:.4f}, evaluate.min_top1 is {gates.min_top1:g}")
+    if missed:
+        raise QualityGateMissed("\n".join(missed), hint="the model was written; give a larger budget for a better one")
