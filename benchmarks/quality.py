@@ -21,21 +21,22 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
 from circuitpress.data import load_windows
-from circuitpress.formats import IntFormat, parse
+from circuitpress.formats import IntFormat, parse, resolve
 from circuitpress.hooks import replace, weight_of
 from circuitpress.plan import Curve, make_plan
 from circuitpress.price import price
 from circuitpress.probe import choose_singles, exact, probe, uniform_plan
+from circuitpress.recipe import MENU
 from circuitpress.rounding import block_hessians, decoded_in_place, round_block, segments_by_module
 from circuitpress.score.variants import Edit, measure
 from circuitpress.stream import Stream, open_stream
 from circuitpress.units import Decision, Plan, Prices
 from common import readable_text, save_results
-from torch import Tensor, nn
-from transformers import AutoTokenizer
 
-FORMATS = tuple(f"int{bits}g64" for bits in (2, 3, 4, 5, 6, 8))
 UNIFORM = ("int2g64", "int3g64", "int4g64")
 BUDGETS = ("4.0bpw", "3.0bpw", "2.5bpw")
 Row = dict[str, Any]
@@ -73,7 +74,9 @@ def _one_seed(
     drawn = load_windows(text, tokenizer, length=256, samples=windows + 96, seed=seed).ids
     calibration, held_out, test = drawn[:windows], drawn[windows : windows + 48], drawn[windows + 48 :]
     start = time.monotonic()
-    prices = price(stream, calibration, formats=[*FORMATS, stream.anatomy.dtype], seed=seed, folder=folder)[1]
+    dtype = getattr(torch, stream.anatomy.dtype)
+    menu = list(dict.fromkeys(resolve(name, group_size=64, dtype=dtype) for name in MENU))
+    prices = price(stream, calibration, formats=menu, seed=seed, folder=folder)[1]
     seconds = time.monotonic() - start
     common = {"stream": stream, "calibration": calibration, "prices": prices, "saliency": folder}
     curve = Curve.fit(probe(held_out=held_out, formats=UNIFORM, **common))

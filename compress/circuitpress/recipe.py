@@ -66,6 +66,14 @@ LocalFile = Annotated[Path, AfterValidator(_check_file)]
 UnitName = Annotated[str, StringConstraints(min_length=1)]
 
 
+MENU = (
+    *("int2g32", "int2", "int2g128", "int3g32", "int3", "int3g128", "int4g32", "int4", "int4g128"),
+    *("int5", "int6", "int8", "dense"),
+)
+"""The default menu. Groups of 32 and 128 beside 64 give the planner steps of 0.15 to 0.3 bits: at the bytes of a uniform
+2-, 3- and 4-bit stories260K, KL falls by 11, 12 and 17 % against 0, 12 and 13 % without them."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -109,10 +117,8 @@ class Plan(_Section):
     """The runtime that the plan is for."""
     granularity: Literal["matrix", "unit"] = "matrix"
     """One format a matrix, or one for every run of rows or columns that belongs to a KV group or neuron block."""
-    formats: tuple[FormatName, ...] = Field(
-        default=("int2", "int3", "int4", "int5", "int6", "int8", "dense"), min_length=1
-    )
-    """Formats on offer."""
+    formats: tuple[FormatName, ...] = Field(default=MENU, min_length=1)
+    """Formats on offer; int4g32 names its own group size."""
     protect: tuple[UnitName, ...] = ()
     """Units, layers or modules that keep a good format whatever it costs, such as L3.head.2."""
     floors: dict[int, float] = {}
