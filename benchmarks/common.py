@@ -1,4 +1,4 @@
-"""What the benchmarks share: provenance of a results file, texts that a tokenizer can read, models with swapped weights."""
+"""What the benchmarks share: results files with provenance, readable texts, models with swapped weights."""
 
 import json
 import platform
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.backends.cpu import get_cpu_capability
 
 from circuitpress.files import write_bytes_atomic
 from circuitpress.stream import Stream
@@ -24,7 +25,7 @@ def save_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     )
     document = {
         "commit": commit.stdout.strip() or "unknown",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "machine": ", ".join([platform.machine(), f"{torch.get_num_threads()} threads", get_cpu_capability()]),
         "versions": {name: version(name) for name in ("circuitpress", "torch", "transformers", "numpy", "scipy")},
         # Of paths only the last two parts: enough to find the asset, and no machine's layout in the results.
         "command": " ".join(["python", *(_short(argument) for argument in sys.argv)]),

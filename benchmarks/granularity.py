@@ -1,8 +1,8 @@
 """What does it buy to decide inside a matrix rather than per matrix?
 
-For each checkpoint and seed, the model is priced twice on the same calibration text: with one decision a matrix, and with
-decisions by unit (q, k, v rows and o columns by key-value group; neurons sorted by score, gate and up rows and down
-columns in blocks of 64). Both are planned for the same bytes and rounded by the same GPTQ. Measured are
+For each checkpoint and seed, the model is priced twice on the same calibration text: with one decision a matrix, and
+with decisions by unit (q, k, v rows and o columns by key-value group; neurons sorted by score, gate and up rows and
+down columns in blocks of 64). Both are planned for the same bytes and rounded by the same GPTQ. Measured are
 
 - KL(original || compressed) on text that neither saw, through transformers' own forward pass;
 - one behavior that the dense model can do: BLiMP pairs, as accuracy and as mean log-odds of the right sentence.
@@ -49,8 +49,8 @@ FORMATS = tuple(f"int{bits}g64" for bits in (2, 3, 4, 5, 6, 8))
 @click.option("--windows", default=48, show_default=True, help="calibration windows of 256 tokens")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/granularity.json"))
 def main(
-    checkpoints: tuple[Path, ...], texts: tuple[Path, ...], paradigms: tuple[Path, ...], seeds: int, budgets: tuple[float, ...],
-    windows: int, out: Path,
+    checkpoints: tuple[Path, ...], texts: tuple[Path, ...], paradigms: tuple[Path, ...], seeds: int,
+    budgets: tuple[float, ...], windows: int, out: Path,
 ) -> None:  # fmt: skip
     """Compares matrix-wise and unit-wise plans at equal bytes."""
     rows: list[dict[str, Any]] = []
@@ -175,8 +175,9 @@ def _show(rows: list[dict[str, Any]], checkpoint: str, seed: int) -> None:
                 {g: np.mean([r[key] for r in part]) for g, part in mine.items()} for key in ("kl", "metric", "log_odds")
             )
             click.echo(
-                f"{checkpoint} seeds 0-{seed} {purpose:8} {budget:5.3f} bpw: KL matrix {kl['matrix']:.5f} unit {kl['unit']:.5f} "
-                f"({kl['unit'] / kl['matrix'] - 1:+.1%}); accuracy {metric['matrix']:.3f} {metric['unit']:.3f}; "
+                f"{checkpoint} seeds 0-{seed} {purpose:8} {budget:5.3f} bpw: "
+                f"KL matrix {kl['matrix']:.5f} unit {kl['unit']:.5f} ({kl['unit'] / kl['matrix'] - 1:+.1%}); "
+                f"accuracy {metric['matrix']:.3f} {metric['unit']:.3f}; "
                 f"log-odds {odds['matrix']:.2f} {odds['unit']:.2f}"
             )
 

@@ -2,10 +2,10 @@
 
 For each checkpoint and seed, everything is calibrated on one part of a text and measured on another:
 
-- quality.json: our plan at the bytes of the uniform 2-, 3- and 4-bit models, beside uniform GPTQ (our own, with the same
-  Hessians) and uniform round-to-nearest (min-max grids), all in groups of 64;
-- prediction.json: plans at 4.0, 3.0 and 2.5 bits per weight: the additive prediction, the corrected one (curve through the
-  uniform probes on held-out calibration text) and the KL on the test text;
+- quality.json: our plan at the bytes of the uniform 2-, 3- and 4-bit models, beside uniform GPTQ (our own, with the
+  same Hessians) and uniform round-to-nearest (min-max grids), all in groups of 64;
+- prediction.json: plans at 4.0, 3.0 and 2.5 bits per weight: the additive prediction, the corrected one (curve
+  through the uniform probes on held-out calibration text) and the KL on the test text;
 - exact.json: every matrix at 2, 3 and 4 bits changed alone (first seed): price and measured KL.
 
     python benchmarks/quality.py --checkpoint DIR --text FILE [--checkpoint ...] --out benchmarks/results
@@ -172,16 +172,15 @@ def _show(checkpoint: str, seed: int, quality: list[Row], prediction: list[Row],
     for name in UNIFORM:
         kl = {row["method"]: row["kl"] for row in quality if row["budget"] == name}
         ours, gptq, nearest = (kl[label] for label in ("circuitpress", "control:uniform", "control:nearest"))
-        bits = quality[0]["bits_per_weight"] if name == UNIFORM[0] else None
         click.echo(
             f"{checkpoint} seed {seed} at the bytes of {name}: KL {ours:.5f}, uniform GPTQ {gptq:.5f} "
-            f"({ours / gptq - 1:+.1%}), nearest {nearest:.5f} ({ours / nearest - 1:+.1%}) {bits or ''}"
+            f"({ours / gptq - 1:+.1%}), nearest {nearest:.5f} ({ours / nearest - 1:+.1%})"
         )
     for row in prediction:
         click.echo(
-            f"{checkpoint} seed {seed} {row['plan']} ({row['bits_per_weight']:.4f}): predicted {row['predicted_kl']:.5f}, "
-            f"corrected {row['predicted_kl_corrected']:.5f}, measured {row['kl']:.5f} "
-            f"(corrected / measured - 1 = {row['predicted_kl_corrected'] / row['kl'] - 1:+.1%})"
+            f"{checkpoint} seed {seed} {row['plan']} ({row['bits_per_weight']:.4f}): "
+            f"predicted {row['predicted_kl']:.5f}, corrected {row['predicted_kl_corrected']:.5f}, "
+            f"measured {row['kl']:.5f} ({row['predicted_kl_corrected'] / row['kl'] - 1:+.1%})"
         )
     if singles:
         spearman, ratio = (singles[0][key] for key in ("spearman", "median_ratio"))

@@ -37,7 +37,7 @@ ARROWS = {
     "stream": {"anatomy", "checkpoint", "hooks", "store"},
     "evaluate": {"runtime"},
     "score": {"evaluate"},
-    "apply": {"rounding"},
+    "apply": {"price", "rounding"},
     "rounding": {"price"},
     "probe": {"price", "rounding"},
     "run": {"report", "export"},

@@ -4,8 +4,8 @@ Every supported architecture is one row of `_FAMILIES`: where its decoder blocks
 checkpoint is placed by matching the two-dimensional tensors of its blocks against that row; one that cannot be placed
 is an error that names it, since a matrix that nobody prices would silently stay uncompressed.
 
-Query head h reads key-value head h // (heads / kv_heads). Rows are outputs and columns inputs everywhere, also where the
-checkpoint stores the transpose (GPT-2's Conv1D).
+Query head h reads key-value head h // (heads / kv_heads). Rows are outputs and columns inputs everywhere, also where
+the checkpoint stores the transpose (GPT-2's Conv1D).
 """
 
 import re
@@ -21,7 +21,10 @@ from .units import UnitId
 
 @dataclass(frozen=True)
 class Matrix:
-    """One linear map of a decoder block: y[rows] = W[rows, cols] x[cols]. `role` is q, k, v, qkv, o, gate, up or down."""
+    """One linear map of a decoder block, y[rows] = W[rows, cols] x[cols].
+
+    `role` is q, k, v, qkv, o, gate, up or down.
+    """
 
     module: str
     role: str
@@ -98,9 +101,10 @@ class Anatomy:
 
 @dataclass(frozen=True)
 class Family:
-    """How one architecture names its parts. `roles` maps a role to the module inside a block."""
+    """How one architecture names its parts: blocks, final norm; `roles` maps a role to the module inside a block."""
 
     blocks: str
+    norm: str
     roles: Mapping[str, str]
     transposed: bool = False
 
@@ -112,6 +116,7 @@ class Family:
 
 _LLAMA = Family(
     "model.layers",
+    "model.norm",
     {
         "q": "self_attn.q_proj",
         "k": "self_attn.k_proj",
@@ -124,6 +129,7 @@ _LLAMA = Family(
 )
 _GPT2 = Family(
     "transformer.h",
+    "transformer.ln_f",
     {"qkv": "attn.c_attn", "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"},
     transposed=True,
 )
@@ -232,7 +238,7 @@ def _refuse_strangers(headers: Headers, family: Family, blocks: tuple[Block, ...
         if matrix and inside.match(name) and name not in known and not name.endswith((".attn.bias", ".masked_bias")):
             raise CheckpointError(
                 f"{headers.folder}: module {name.removesuffix('.weight')} (shape {header.shape}) could not be placed",
-                hint=f"a {headers.config['model_type']} block has {', '.join(family.roles.values())} and no other matrix",
+                hint=f"blocks of {headers.config['model_type']} have {', '.join(family.roles.values())}",
             )
 
 

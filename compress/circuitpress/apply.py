@@ -22,11 +22,13 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .anatomy import Block, family_of
+from .anatomy import Block, Matrix, family_of
 from .checkpoint import METHOD, Headers, Weights, read_headers
 from .console import Advance, ignore
+from .errors import CircuitpressError
 from .files import atomic, write_bytes_atomic
-from .formats import CastFormat, pack_segments, parse
+from .formats import CastFormat, Format, pack_segments, parse
+from .price import permute_neurons
 from .quantize import Quantized
 from .rounding import block_hessians, round_block, segments_by_module
 from .stream import Stream, forward
@@ -92,10 +94,15 @@ def _shard_folder(shards: Path, plan: Plan) -> Path:
 
 
 def _descriptors(block: Block, layout: dict[str, tuple[str, list[tuple[str, int, int]]]]) -> dict[str, Any]:
-    """The entries of `quantization_config.modules`; a matrix of floating-point segments alone stays an ordinary weight."""
+    """The entries of `quantization_config.modules`; a matrix without packed segments stays an ordinary weight."""
     result = {}
     for matrix in block.matrices:
         axis, segments = layout[matrix.module]
+        floating = {form for form, _, _ in segments if isinstance(parse(form), CastFormat)}
+        if len(floating) > 1:
+            types = " and ".join(sorted(floating))
+            message = f"the plan gives parts of {matrix.module} the types {types}: a matrix holds one"
+            raise CircuitpressError(message, hint="keep one floating-point type in plan.formats")
         if all(isinstance(parse(form), CastFormat) for form, _, _ in segments):
             continue
         entries = [{"format": form, "start": start, "stop": stop} for form, start, stop in segments]
@@ -122,14 +129,29 @@ def _block_tensors(
                 tensor = tensor[order].contiguous()
             tensors[name] = tensor
         elif module in modules:
-            packed = pack_segments([(form, value) for form, _, _, value in rounded[module].parts])
+            packed = pack_segments(_parts(weights, matrix, rounded[module], order))
             tensors |= {f"{module}.{key}": value.cpu() for key, value in packed.items()}
         else:
-            # Exact in the checkpoint's own type, also after the permutation of neurons.
-            parts = rounded[module].parts
-            tensor = torch.cat([value for *_, value in parts], 0 if rounded[module].axis == "rows" else 1)
+            values = [value for _, value in _parts(weights, matrix, rounded[module], order)]
+            tensor = torch.cat(values, 0 if rounded[module].axis == "rows" else 1)
             tensors[name] = (tensor.T if matrix.transposed else tensor).contiguous().cpu()
     return tensors
+
+
+def _parts(weights: Weights, matrix: Matrix, rounded: Quantized, order: Tensor | None) -> list[tuple[Format, Any]]:
+    """The segments as they are stored; floating-point ones come from the checkpoint, not through the compute type."""
+    if not any(isinstance(form, CastFormat) for form, *_ in rounded.parts):
+        return [(form, value) for form, _, _, value in rounded.parts]
+    original = weights.read(f"{matrix.module}.weight")
+    original = original.T if matrix.transposed else original
+    if order is not None:
+        original = permute_neurons(matrix.role, original, order)
+    result: list[tuple[Format, Any]] = []
+    for form, start, stop, value in rounded.parts:
+        if isinstance(form, CastFormat):
+            value = original.narrow(0 if rounded.axis == "rows" else 1, start, stop - start).to(form.dtype)
+        result.append((form, value))
+    return result
 
 
 def _write_outer(headers: Headers, stream: Stream, shards: Path) -> None:

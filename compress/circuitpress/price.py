@@ -9,8 +9,8 @@ For each block, from the last to the first, while it is resident:
 
        price = 1/2 E_t [ (g_t . dY_t)^2 ]
 
-   for each segment of the matrix. Recomputing costs less than keeping x and g of all matrices would: 36 thousand numbers
-   a token in a 1 B model.
+   for each segment of the matrix. Recomputing costs less than keeping x and g of all matrices would: 36 thousand
+   numbers a token in a 1 B model.
 
 A block's results are one atomic shard, which a rerun skips after pulling the gradients through. Shards also keep the
 token weights s, so that `apply` can rebuild the Hessian in a forward walk without any gradient.
@@ -50,8 +50,8 @@ def price(
 
     `windows` int64 [n, length] are calibration tokens, `formats` complete format names, `draws` the number of label
     draws per token, `folder` the place of the per-block shards. `neuron_order` (by layer) makes unit-wise prices of two
-    texts comparable; by default neurons are sorted by their own scores. Returns Fisher scores and prices in nats per predicted
-    token. Raises CheckpointError for weights or activations that are not finite.
+    texts comparable; by default neurons are sorted by their own scores. Returns Fisher scores and prices in nats per
+    predicted token. Raises CheckpointError for weights or activations that are not finite.
     """
     batches = stream.batches(windows)
     hidden, gradients = stream.store("inputs"), stream.store("gradients")
@@ -72,7 +72,7 @@ def price(
                 write_bytes_atomic(path, save(arrays, metadata={"notes": json.dumps(notes)}))
             advance(0.5, f"priced block {index}")
 
-        backward(stream, hidden, gradients, keys, visit)
+        backward(stream, hidden, len(batches), visit)
     finally:
         hidden.clear()
         gradients.clear()
@@ -233,10 +233,7 @@ class _BlockPricer:
 def _segment_effects(flow: Flow, change: Tensor, groups: Sequence[Group]) -> Tensor:
     """g_t . dY_t [tokens, groups], where only the group's segment of the matrix changes by `change` [rows, cols]."""
     axis = groups[0].segments[0].axis
-    if axis == "rows":
-        products = (flow.x @ change.T) * flow.g
-    else:
-        products = (flow.g @ change) * flow.x
+    products = (flow.x @ change.T) * flow.g if axis == "rows" else (flow.g @ change) * flow.x
     spans = [group.segments[0] for group in groups]
     return torch.stack([products[:, span.start : span.stop].float().sum(1) for span in spans], 1)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from .console import Advance, ignore
@@ -75,7 +75,8 @@ def probe(
 
 
 def choose_singles(prices: Prices, formats: Sequence[str], fraction: float, *, seed: int = 0) -> list[tuple[int, str]]:
-    """Which (group, format) to check: half of them the most expensive ones, the rest drawn at random from the others."""
+    """Which (group, format) to check: half of them the most expensive ones, the rest drawn at random from the
+    others."""
     everything = [(i, form) for form in formats for i in range(len(prices.groups))]
     count = min(len(everything), round(fraction * len(everything)))
     nats = np.array([prices.nats[i, prices.column(form)] for i, form in everything])
@@ -140,7 +141,7 @@ def exact(
     enough = len(rows) >= 3
     return {
         "rows": rows,
-        "spearman": float(spearmanr(prices_, kls).statistic) if enough else float("nan"),
+        "spearman": float(np.corrcoef(rankdata(prices_), rankdata(kls))[0, 1]) if enough else float("nan"),
         "median_ratio": float(np.median(kls / prices_)) if enough else float("nan"),
     }
 

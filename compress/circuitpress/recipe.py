@@ -70,8 +70,8 @@ MENU = (
     *("int2g32", "int2", "int2g128", "int3g32", "int3", "int3g128", "int4g32", "int4", "int4g128"),
     *("int5", "int6", "int8", "dense"),
 )
-"""The default menu. Groups of 32 and 128 beside 64 give the planner steps of 0.15 to 0.3 bits: at the bytes of a uniform
-2-, 3- and 4-bit stories260K, KL falls by 11, 12 and 17 % against 0, 12 and 13 % without them."""
+"""The default menu. Groups of 32 and 128 beside 64 give the planner steps of 0.15 to 0.3 bits: at the bytes of a
+uniform 2-, 3- and 4-bit stories260K, KL falls by 11, 12 and 17 % against 0, 12 and 13 % without them."""
 
 
 class _Section(BaseModel):

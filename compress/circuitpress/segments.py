@@ -1,9 +1,9 @@
 """How matrices are cut for the planner: whole, by unit, or around protected units.
 
-`matrix` makes every matrix one group. `unit` cuts q, k, v along rows and o along columns by key-value group, gate and up
-along rows and down along columns by blocks of neurons; the neurons of a layer are first sorted by importance, so that a
-block holds neurons of a kind (permuting gate, up and down together does not change the function). `split_protected`
-starts from priced matrices and cuts out the rows and columns of protected units.
+`matrix` makes every matrix one group. `unit` cuts q, k, v along rows and o along columns by key-value group, gate
+and up along rows and down along columns by blocks of neurons; the neurons of a layer are first sorted by importance,
+so that a block holds neurons of a kind (permuting gate, up and down together does not change the function).
+`split_protected` starts from priced matrices and cuts out the rows and columns of protected units.
 """
 
 from collections.abc import Iterable, Sequence

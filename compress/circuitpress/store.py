@@ -4,6 +4,7 @@ import contextlib
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,9 +44,7 @@ class Store:
         if key in self._memory:
             return self._memory[key].to(device)
         path, dtype, shape = self._files[key]
-        raw = torch.empty(path.stat().st_size, dtype=torch.uint8)
-        with path.open("rb") as stream:
-            stream.readinto(raw.numpy())
+        raw = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
         return raw.view(dtype).view(shape).to(device)
 
     def __contains__(self, key: Key) -> bool:

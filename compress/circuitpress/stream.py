@@ -1,9 +1,9 @@
 """The one engine that walks a model block by block, so that a model larger than memory is the normal case.
 
 1. The model is built on the meta device; only embeddings, the final norm and lm_head are loaded and stay.
-2. Every decoder block of the skeleton is replaced by a recorder. Running the skeleton once per shape of batch yields the
-   first hidden states and the exact arguments (masks, rotary tables) that transformers passes to each block, for any
-   architecture and without copying its forward pass.
+2. Every decoder block of the skeleton is replaced by a recorder. Running the skeleton once per shape of batch yields
+   the first hidden states and the exact arguments (masks, rotary tables) that transformers passes to each block, for
+   any architecture and without copying its forward pass.
 3. `block(i)` makes one block resident: its weights are read (decoded, if packed), checked for NaN, used, and let go.
 4. `forward` walks up: each block's inputs are kept in a `Store`, which spills to disk beyond a memory limit.
 5. `backward` walks down: the gradient at a block's output is pulled back to its input by recomputing the block, so no
@@ -48,8 +48,8 @@ class Stream:
     """A causal language model of which at most one decoder block is in memory. Made by `open_stream`."""
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[nn.Module], recorders: Sequence[_Recorder], weights: Weights,
-        anatomy: Anatomy, device: torch.device, spill: Path | None, batch_tokens: int,
+        self, model: nn.Module, norm: nn.Module, blocks: Sequence[nn.Module], recorders: Sequence[_Recorder],
+        weights: Weights, anatomy: Anatomy, device: torch.device, spill: Path | None, batch_tokens: int,
     ) -> None:  # fmt: skip
         self.anatomy = anatomy
         self.device = device
@@ -57,6 +57,7 @@ class Stream:
         self.batch_tokens = batch_tokens
         self._spill = spill
         self._model = model
+        self._norm = norm
         self._blocks = blocks
         self._recorders = recorders
         self._weights = weights
@@ -98,9 +99,8 @@ class Stream:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states [..., hidden] to logits [..., vocab] in float32."""
-        norm = getattr(self._model.base_model, "norm", None) or self._model.base_model.ln_f  # pyright: ignore
         head = self._model.get_output_embeddings()  # pyright: ignore
-        return head(norm(hidden)).float()
+        return head(self._norm(hidden)).float()
 
     @contextlib.contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -154,8 +154,7 @@ def open_stream(
     name = dtype if dtype != "auto" else ("float32" if anatomy.linear_numel <= 300_000_000 else anatomy.dtype)
     compute = getattr(torch, name)
     config = transformers.AutoConfig.from_pretrained(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    vars(config).pop("quantization_config", None)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=compute, attn_implementation="sdpa")
     parent = model.get_submodule(family.blocks.rpartition(".")[0])
@@ -169,7 +168,9 @@ def open_stream(
     batch_tokens = batch_tokens or max(256, min(4096, (1 << 23) // widest))
     for path, module in model.named_modules():
         _materialise(path, module, model, weights, where, compute)
-    return Stream(model.eval(), blocks, recorders, weights, anatomy, where, spill, batch_tokens)
+    return Stream(
+        model.eval(), model.get_submodule(family.norm), blocks, recorders, weights, anatomy, where, spill, batch_tokens
+    )
 
 
 def _materialise(
@@ -221,14 +222,14 @@ def forward(
                 advance(1, f"block {i}")
 
 
-def backward(stream: Stream, store: Store, gradients: Store, keys: Sequence[tuple[int, ...]], visit: Visit) -> None:
-    """Walks down: `visit` must turn each gradient in `gradients` from block i's output into one at its input.
+def backward(stream: Stream, store: Store, batches: int, visit: Visit) -> None:
+    """Walks down: `visit` must turn the gradients that it keeps from block i's output into those at its input.
 
-    `store` holds every block's inputs (from `forward` with `keep`), `gradients` the gradient at the output of the last
-    block under `keys`. `visit` gets `inputs(b)` as in `forward`.
+    `store` holds the inputs of every block for all micro-batches (from `forward` with `keep`); `visit` gets `inputs(b)`
+    as in `forward`.
     """
     for i in reversed(range(stream.depth)):
         with stream.block(i) as module:
             visit(i, module, lambda b, i=i: store.get((i, b), stream.device))
-        for b in {key[0] for key in keys}:
+        for b in range(batches):
             store.drop((i + 1, b))

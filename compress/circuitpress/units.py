@@ -50,7 +50,8 @@ class UnitId:
 class Segment:
     """A run of rows or of columns of one matrix (a whole matrix is the run of all its rows).
 
-    `start` and `stop` count rows (outputs) or columns (inputs) of the matrix; `rows` x `cols` is the segment's own shape.
+    `start` and `stop` count rows (outputs) or columns (inputs) of the matrix; `rows` x `cols` is the segment's own
+    shape.
     """
 
     module: str
@@ -191,7 +192,8 @@ class Plan:
     `linear_bytes` are the bytes of all linear weights of the decoder blocks, `linear_numel` their number before
     compression (pruned weights stay in it), `other_bytes` those of everything else (embeddings, norms, lm_head).
     `predicted_kl` is the sum of the prices, `predicted_kl_corrected` that sum through the curve fitted on probes
-    (None if nothing was probed), `bound_kl` a lower bound on what any plan within the budget could be predicted to cost.
+    (None if nothing was probed), `bound_kl` a lower bound on what any plan within the budget could be predicted to
+    cost.
     """
 
     budget: str

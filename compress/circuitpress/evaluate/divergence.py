@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Divergence:
-    """Means over all tokens. KL in nats per predicted token, with its standard error over windows (inf for one window)."""
+    """Means over all tokens; KL in nats per predicted token, its standard error over windows (inf for one window)."""
 
     kl: float
     kl_stderr: float

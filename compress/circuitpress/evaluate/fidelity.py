@@ -21,7 +21,7 @@ from .divergence import Divergence, Tally, next_tokens
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What `evaluate/fidelity.json` holds: the divergence, the sizes of both models in bytes, and the seconds it took."""
+    """What `evaluate/fidelity.json` holds: the divergence, the sizes of both models in bytes, and the seconds."""
 
     divergence: Divergence
     bytes: int
@@ -47,7 +47,8 @@ def fidelity(
     start = time.monotonic()
     if model.anatomy.vocab != reference.anatomy.vocab:
         raise CircuitpressError(
-            f"{model.anatomy.folder} has {model.anatomy.vocab} tokens, {reference.anatomy.folder} {reference.anatomy.vocab}",
+            f"{model.anatomy.folder} knows {model.anatomy.vocab} tokens, "
+            f"{reference.anatomy.folder} {reference.anatomy.vocab}",
             hint="compare models that share a tokenizer",
         )
     batches = reference.batches(windows)

@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 _TABLE = (
-    (re.compile(r"int([2-8])g(\d+)"), lambda bits, group: IntFormat(int(bits), int(group))),
+    (re.compile(r"int([2-8])g([1-9]\d*)"), lambda bits, group: IntFormat(int(bits), int(group))),
     (re.compile(r"(float32|float16|bfloat16)"), lambda dtype: CastFormat(getattr(torch, dtype))),
 )
 

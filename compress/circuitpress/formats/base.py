@@ -1,7 +1,7 @@
 """What a storage format is: bytes, pack, unpack, decode.
 
-A segment (a run of rows or columns of one matrix) is stored in one format as a few flat tensors. `layout` names them and
-counts their elements from the shape alone, so bytes are known before anything is quantized and the flat tensors of
+A segment (a run of rows or columns of one matrix) is stored in one format as a few flat tensors. `layout` names them
+and counts their elements from the shape alone, so bytes are known before anything is quantized and the flat tensors of
 several segments can be laid end to end. Rounding is not a format's business (see `quantize/`): a format receives codes
 that were already chosen. `decode` is the specification that every kernel must match.
 """

@@ -1,7 +1,7 @@
 """Exact ablation: what the model loses, in nats, when a unit is closed. Evidence: causal.
 
-`zero` replaces the unit's activation by zero, `mean` by its mean over the text, `resample` by its value at a random other
-token of the text (the least unnatural of the three: the value is one that occurs). Closing a unit is not what a
+`zero` replaces the unit's activation by zero, `mean` by its mean over the text, `resample` by its value at a random
+other token of the text (the least unnatural of the three: the value is one that occurs). Closing a unit is not what a
 compressor does to it: use the result to judge estimates and to choose what to protect.
 """
 

@@ -1,14 +1,15 @@
 """Fisher scores: what the loss of a unit, or any change of a linear map's output, costs in nats, from gradients.
 
-At the original model KL(original || changed) has no first-order term, so a change dY of the output of a linear map costs
+At the original model KL(original || changed) has no first-order term, so a change dY of the output of a linear map
+costs
 
     1/2 E_t [ (g_t . dY_t)^2 ]        nats per predicted token
 
-where g_t is the gradient, at that output, of the sum of token losses with labels drawn from the model's own softmax (the
-true Fisher; with the data's labels the first-order term would not vanish and would reward overfitting).
+where g_t is the gradient, at that output, of the sum of token losses with labels drawn from the model's own softmax
+(the true Fisher; with the data's labels the first-order term would not vanish and would reward overfitting).
 
-1. `output_gradients` draws the labels, seeded by the index of the sequence, so that neither the size of micro-batches nor
-   a resumed run changes them, and returns the gradient at the output of the last block.
+1. `output_gradients` draws the labels, seeded by the index of the sequence, so that neither the size of
+   micro-batches nor a resumed run changes them, and returns the gradient at the output of the last block.
 2. `pull` recomputes one block and turns the gradient at its output into one at its input; on the way it hands out the
    input x and the output gradient g of every matrix.
 3. `unit_effects` is g_t . dY_t for closing a unit: a head, a key-value group or a neuron.
@@ -85,8 +86,8 @@ def pull(
     leaf = hidden.detach().requires_grad_(True)
     with torch.enable_grad(), capture(module, list(names.values())) as seen:
         output = stream.run(place.index, module, leaf)
-    outputs = [seen[name].output for name in names.values()]
-    pulled = torch.autograd.grad(output, [leaf, *outputs], gradient)  # pyright: ignore[reportArgumentType]
+    outputs = [y for name in names.values() if (y := seen[name].output) is not None]
+    pulled = torch.autograd.grad(output, [leaf, *outputs], gradient)
     flows = {}
     for (name, local), g in zip(names.items(), pulled[1:], strict=True):
         x = seen[local].input
@@ -111,7 +112,8 @@ def _column_effects(flow: Flow, weight: Tensor) -> Tensor:
 
 
 def saliency(flow: Flow) -> Tensor:
-    """The weight of each token in the Hessian of a matrix [tokens]: the mean of g^2 over its rows (GuidedQuant, one group).
+    """The weight of each token in the Hessian of a matrix [tokens]: the mean of g^2 over its rows (GuidedQuant, one
+    group).
 
     H = E[s x x^T] makes the rounding care for the outputs, not only for the matrix (arXiv 2505.07004, eq. 8).
     """

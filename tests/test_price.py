@@ -1,0 +1,277 @@
+"""Prices, scores and Hessians against a float64 brute force through the whole model; resuming; bytes."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import circuitpress.price as pricing
+from circuitpress.console import ignore
+from circuitpress.price import collect, load_saliency, price, shard_path
+from circuitpress.segments import Granularity
+from circuitpress.stream import open_stream
+from circuitpress.units import Prices, Scores
+
+from .recorder import Recorder
+from .whole import draw_labels, linears, load, tokens, trace, weight
+
+FORMATS = ("int2g16", "int3g64", "int8g32", "float32")
+# float32 in the engine against float64 (float32 in norms) in the reference: products of some hundred terms each good to
+# 1e-6, squared.
+CLOSE = 1e-4
+
+
+@dataclass
+class Brute:
+    """Per-window prices [windows, groups, formats] in float64."""
+
+    token: NDArray[np.float64]
+    sequence: NDArray[np.float64]
+
+
+def brute_force(model: Any, ids: Tensor, prices: Prices, recorder: Recorder, *, draws: int, seed: int) -> Brute:
+    """1/2 mean_t (g_t . dY_t)^2 and 1/(2 T) (sum_t g_t . dY_t)^2 of every group, with loops and the whole model."""
+    with torch.no_grad():
+        logits = model(ids).logits
+    windows, length = ids.shape
+    shape = (windows, len(prices.groups), len(prices.formats))
+    result = Brute(np.zeros(shape), np.zeros(shape))
+    for draw in range(draws):
+        whole = trace(model, ids, draw_labels(logits, seed=seed, draw=draw))
+        for i, group in enumerate(prices.groups):
+            (segment,) = group.segments
+            dense = weight(linears(model)[segment.module])
+            order = neuron_permutation(prices, group.layer, segment.module)
+            _, decoded = recorder.find(order(dense))
+            x, g = whole.x[segment.module].double(), whole.g[segment.module].double()
+            for f, form in enumerate(prices.formats):
+                change = decoded[form] - order(dense).double()
+                only = torch.zeros_like(change)
+                span = slice(segment.start, segment.stop)
+                index = (span, slice(None)) if segment.axis == "rows" else (slice(None), span)
+                only[index] = change[index]
+                moved = order.undo(only)
+                effect = torch.einsum("nti,oi,nto->nt", x, moved, g).numpy()
+                result.token[:, i, f] += 0.5 * (effect**2).mean(1) / draws
+                result.sequence[:, i, f] += 0.5 * effect.sum(1) ** 2 / length / draws
+    return result
+
+
+class neuron_permutation:  # noqa: N801 (used as a function)
+    """Puts the neurons of a matrix into the order of the prices, and back."""
+
+    def __init__(self, prices: Prices, layer: int, module: str) -> None:
+        self.order = torch.from_numpy(prices.neuron_order[layer]) if layer in prices.neuron_order else None
+        self.dim = {"gate_proj": 0, "up_proj": 0, "c_fc": 0, "down_proj": 1}.get(module.rsplit(".", 1)[1])
+        if module.endswith("mlp.c_proj"):
+            self.dim = 1
+
+    def __call__(self, matrix: Tensor) -> Tensor:
+        return matrix if self.order is None or self.dim is None else matrix.index_select(self.dim, self.order)
+
+    def undo(self, matrix: Tensor) -> Tensor:
+        if self.order is None or self.dim is None:
+            return matrix
+        return torch.zeros_like(matrix).index_copy_(self.dim, self.order, matrix)
+
+
+def assert_close(value: NDArray[Any], expected: NDArray[Any], *, rtol: float = CLOSE) -> None:
+    """Relative where a price is large; below a billionth of the largest it is float32 noise about zero."""
+    np.testing.assert_allclose(value, expected, rtol=rtol, atol=1e-9 * float(np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+@pytest.mark.parametrize("granularity", ["matrix", "unit"])
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
+def test_prices_are_those_of_the_formula(
+    name: str, granularity: Granularity, draws: int, tmp_path: Path, request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = request.getfixturevalue(name)
+    recorder = Recorder()
+    recorder.install(monkeypatch)
+    ids = tokens(5, 9)
+    stream = open_stream(folder, batch_tokens=18)
+    scores, prices = price(
+        stream, ids, formats=FORMATS, granularity=granularity, draws=draws, seed=2, neuron_block=20, folder=tmp_path
+    )
+    model = load(folder)
+    brute = brute_force(model, ids, prices, recorder, draws=draws, seed=2)
+    assert_close(prices.nats, brute.token.mean(0))
+    assert_close(prices.nats_sequence, brute.sequence.mean(0))
+    # Standard error of the mean over five windows, by its definition.
+    deviation = brute.token - brute.token.mean(0)
+    assert_close(prices.stderr, np.sqrt((deviation**2).sum(0) / 4 / 5))
+    assert (prices.nats[:, 3] == 0).all()  # float32 is what the checkpoint holds: exactly nothing changes
+    assert (prices.nats[:, 0] > prices.nats[:, 2]).all()
+    check_scores(model, ids, scores, draws=draws)
+    if granularity == "unit":
+        check_order(scores, prices)
+    else:
+        assert prices.neuron_order == {}
+
+
+def check_scores(model: Any, ids: Tensor, scores: Scores, *, draws: int) -> None:
+    """1/2 mean_t (g_t . dY_t)^2 for closing single units of block 1, their spread, and the order of the units."""
+    with torch.no_grad():
+        logits = model(ids).logits
+    wholes = [trace(model, ids, draw_labels(logits, seed=2, draw=draw)) for draw in range(draws)]
+    sites = {name: module for name, module in linears(model).items() if ".1." in name}
+    o = next(name for name in sites if name.endswith(("o_proj", "attn.c_proj")))
+    down = next(name for name in sites if name.endswith(("down_proj", "mlp.c_proj")))
+    share = {"self_attn": 2}.get(o.split(".")[-2], 1)
+    cases = {"head.2": (o, slice(16, 24)), "kv_group.1": (o, slice(8 * share, 16 * share))}
+    cases |= {"neuron.0": (down, slice(0, 1)), "neuron.51": (down, slice(51, 52))}
+    for unit, (name, span) in cases.items():
+        change = torch.zeros_like(weight(sites[name])).double()
+        change[:, span] = -weight(sites[name])[:, span]
+        windows = np.zeros(len(ids))
+        for whole in wholes:
+            effect = torch.einsum("nti,oi,nto->nt", whole.x[name].double(), change, whole.g[name].double()).numpy()
+            windows += 0.5 * (effect**2).mean(1) / draws
+        n = [str(u) for u in scores.units].index(f"L1.{unit}")
+        assert_close(scores.values[n : n + 1], windows.mean(keepdims=True))
+        assert_close(scores.stderr[n : n + 1], windows.std(ddof=1, keepdims=True) / np.sqrt(5))
+    kinds = [(unit.layer, unit.kind) for unit in scores.units]
+    assert len(set(scores.units)) == len(kinds) == len(scores.values)
+
+
+def check_order(scores: Scores, prices: Prices) -> None:
+    """Neurons stand in the order of their scores, the most important first."""
+    for layer, order in prices.neuron_order.items():
+        values = np.array(
+            [
+                v
+                for unit, v in zip(scores.units, scores.values, strict=True)
+                if (unit.layer, unit.kind) == (layer, "neuron")
+            ]
+        )
+        assert sorted(order) == list(range(len(values)))
+        assert (np.diff(values[order]) <= 0).all()
+    assert sorted(prices.neuron_order) == [0, 1, 2]
+
+
+def test_the_hessian_is_that_of_the_formula(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """H = mean_t s_t x_t x_t^T with s_t the mean of g^2 over the outputs, averaged over draws; s is kept in the
+    shards."""
+    recorder = Recorder()
+    recorder.install(monkeypatch)
+    ids = tokens(3, 8)
+    price(open_stream(tiny_llama, batch_tokens=16), ids, formats=["int4g16"], draws=2, seed=0, folder=tmp_path)
+    model = load(tiny_llama)
+    with torch.no_grad():
+        logits = model(ids).logits
+    wholes = [trace(model, ids, draw_labels(logits, draw=draw)) for draw in range(2)]
+    for name, module in linears(model).items():
+        hessian, _ = recorder.find(weight(module))
+        s = sum(whole.g[name].double().square().mean(-1) for whole in wholes) / 2
+        assert isinstance(s, Tensor)
+        x = wholes[0].x[name].double()
+        expected = torch.einsum("nt,nti,ntj->ij", s, x, x) / ids.numel()
+        assert float((hessian - expected).abs().max()) < CLOSE * float(expected.abs().max())
+        kept = load_saliency(tmp_path, int(name.split(".")[2]), name)
+        # The first token attends to itself alone: no query or key gradient there but float noise.
+        torch.testing.assert_close(kept.double(), s, rtol=CLOSE, atol=1e-9 * float(s.max()))
+
+
+def test_micro_batches_change_nothing(tiny_llama: Path, tmp_path: Path) -> None:
+    ids = tokens(5, 7)
+    found = []
+    for batch_tokens in (7, 14, 35):
+        stream = open_stream(tiny_llama, batch_tokens=batch_tokens)
+        found.append(price(stream, ids, formats=["int8g16"], draws=2, seed=1, folder=tmp_path / str(batch_tokens)))
+    for scores, prices in found[1:]:
+        # Sums in another order move a few codes by a step: 8-bit steps are 1e-2 of the price at most.
+        assert_close(prices.nats, found[0][1].nats, rtol=1e-2)
+        assert_close(scores.values, found[0][0].values)
+
+
+@pytest.mark.parametrize("granularity", ["matrix", "unit"])
+def test_a_resumed_run_gives_the_same_bits(tiny_llama: Path, tmp_path: Path, granularity: Granularity) -> None:
+    ids = tokens(4, 6)
+
+    def run() -> dict[str, Any]:
+        stream = open_stream(tiny_llama, batch_tokens=12)
+        scores, prices = price(
+            stream, ids, formats=FORMATS, granularity=granularity, seed=0, neuron_block=16, folder=tmp_path
+        )
+        shards = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        values = {name: getattr(prices, name).tobytes() for name in ("nats", "nats_sequence", "stderr", "nbytes")}
+        return values | shards | {"scores": scores.values.tobytes(), "groups": prices.groups}
+
+    first = run()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [shard_path(tmp_path, i).name for i in range(3)]
+    shard_path(tmp_path, 0).unlink()
+    shard_path(tmp_path, 1).unlink()
+    kept = shard_path(tmp_path, 2).stat().st_mtime_ns
+    assert run() == first
+    assert shard_path(tmp_path, 2).stat().st_mtime_ns == kept
+
+
+def test_finished_blocks_are_not_rounded_again(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = tokens(2, 6)
+    price(open_stream(tiny_llama), ids, formats=["int4g16"], folder=tmp_path)
+    shard_path(tmp_path, 1).unlink()
+    recorder = Recorder()
+    recorder.install(monkeypatch)
+    notes: list[tuple[float, str]] = []
+    price(
+        open_stream(tiny_llama),
+        ids,
+        formats=["int4g16"],
+        folder=tmp_path,
+        advance=lambda n, note: notes.append((n, note)),
+    )
+    assert len(recorder.calls) == 7
+    assert sum(n for n, _ in notes) == 3.0  # as many as there are blocks, in halves
+    recorder.calls.clear()
+    collect(open_stream(tiny_llama), tmp_path, ["int4g16"], "matrix")
+    assert recorder.calls == []
+
+
+def test_a_given_order_of_neurons_is_used(tiny_llama: Path, tmp_path: Path) -> None:
+    ids = tokens(2, 6)
+    order = {layer: np.random.default_rng(layer).permutation(52) for layer in range(3)}
+    _, prices = price(
+        open_stream(tiny_llama), ids, formats=["int3g16"], granularity="unit", neuron_block=16, neuron_order=order,
+        folder=tmp_path,
+    )  # fmt: skip
+    assert all((prices.neuron_order[layer] == order[layer]).all() for layer in range(3))
+
+
+def test_bytes_and_notes(tiny_llama: Path, tmp_path: Path) -> None:
+    """Two tokens excite 48 inputs in two directions only: damping must do, and prices stay finite."""
+    _, prices = price(open_stream(tiny_llama), tokens(1, 2), formats=FORMATS, folder=tmp_path)
+    i = next(i for i, group in enumerate(prices.groups) if group.name == "model.layers.1.mlp.down_proj")
+    # 48 rows of 52: 2496 codes; 4 groups of at most 16, 1 of 64, 2 of 32; scales of 2 bytes; zeros of the code's width.
+    assert list(prices.nbytes[i]) == [624 + 384 + 48, 936 + 96 + 18, 2496 + 192 + 96, 9984]
+    assert np.isfinite(prices.nats).all()
+    assert np.isinf(prices.stderr[:, 0]).all()  # one window has no spread
+    assert json.dumps(prices.provenance)
+    prices.save(tmp_path / "prices.safetensors")
+    again = Prices.load(tmp_path / "prices.safetensors")
+    assert again.groups == prices.groups
+    assert (again.nats == prices.nats).all()
+
+
+def test_nothing_is_left_in_the_spill_folder(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also not after a failure."""
+    stream = open_stream(tiny_llama, spill=tmp_path / "spill")
+    price(stream, tokens(2, 4), formats=["int4g16"], folder=tmp_path / "shards", advance=ignore)
+    assert not list((tmp_path / "spill").glob("*"))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(pricing, "quantize_everywhere", fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        price(stream, tokens(2, 4), formats=["int4g16"], folder=tmp_path / "others")
+    assert not list((tmp_path / "spill").glob("*"))
