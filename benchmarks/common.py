@@ -35,6 +35,11 @@ def save_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_bytes_atomic(path, text.encode())
 
 
+def load_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a results file, none if it does not exist."""
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
 def _short(argument: str) -> str:
     path = Path(argument)
     if not path.is_absolute():

@@ -11,6 +11,8 @@ Each is planned for general KL, and once more with the prices of the behavior's 
 
     python benchmarks/granularity.py --checkpoint DIR --text FILE --blimp FILE [--checkpoint ...] --out granularity.json
 
+Rows of other checkpoints in the results file are kept.
+
 A paradigm fits if the dense model is right on 80 % of it and a ruined model is not: of principle_A_domain_1 a model at
 2.4 bits gets 100 %, since noise prefers the shorter pronoun.
 """
@@ -33,7 +35,7 @@ from circuitpress.price import price
 from circuitpress.rounding import block_hessians, decoded_in_place, round_block, segments_by_module
 from circuitpress.stream import Stream, forward, open_stream
 from circuitpress.units import Plan, Prices
-from common import dense_copy, minimal_pairs, readable_text, save_results
+from common import dense_copy, load_rows, minimal_pairs, readable_text, save_results
 
 FORMATS = tuple(f"int{bits}g64" for bits in (2, 3, 4, 5, 6, 8))
 
@@ -53,7 +55,8 @@ def main(
     budgets: tuple[float, ...], windows: int, out: Path,
 ) -> None:  # fmt: skip
     """Compares matrix-wise and unit-wise plans at equal bytes."""
-    rows: list[dict[str, Any]] = []
+    names = {checkpoint.name for checkpoint in checkpoints}
+    rows: list[dict[str, Any]] = [row for row in load_rows(out) if row["checkpoint"] not in names]
     for checkpoint, text, blimp in zip(checkpoints, texts, paradigms, strict=True):
         for seed in range(seeds):
             with tempfile.TemporaryDirectory() as folder:

@@ -9,6 +9,8 @@ For each checkpoint and seed, everything is calibrated on one part of a text and
 - exact.json: every matrix at 2, 3 and 4 bits changed alone (first seed): price and measured KL.
 
     python benchmarks/quality.py --checkpoint DIR --text FILE [--checkpoint ...] --out benchmarks/results
+
+Rows of other checkpoints in the results files are kept.
 """
 
 import tempfile
@@ -35,7 +37,7 @@ from circuitpress.rounding import block_hessians, decoded_in_place, round_block,
 from circuitpress.score.variants import Edit, measure
 from circuitpress.stream import Stream, open_stream
 from circuitpress.units import Decision, Plan, Prices
-from common import readable_text, save_results
+from common import load_rows, readable_text, save_results
 
 UNIFORM = ("int2g64", "int3g64", "int4g64")
 BUDGETS = ("4.0bpw", "3.0bpw", "2.5bpw")
@@ -50,9 +52,11 @@ Row = dict[str, Any]
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results"), show_default=True)
 def main(checkpoints: tuple[Path, ...], texts: tuple[Path, ...], seeds: int, windows: int, out: Path) -> None:
     """Measures plans, controls, predictions and prices."""
-    quality: list[Row] = []
-    prediction: list[Row] = []
-    singles: list[Row] = []
+    names = {checkpoint.name for checkpoint in checkpoints}
+    quality, prediction, singles = (
+        [row for row in load_rows(out / f"{name}.json") if row["checkpoint"] not in names]
+        for name in ("quality", "prediction", "exact")
+    )
     for checkpoint, text in zip(checkpoints, texts, strict=True):
         for seed in range(seeds):
             with tempfile.TemporaryDirectory() as folder:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import circuitpress.price as pricing
 from circuitpress.quantize import Quantized
+from circuitpress.units import Prices
 
 
 @dataclass
@@ -35,3 +36,22 @@ class Recorder:
         ]
         assert len(found) == 1
         return found[0][1], found[0][2]
+
+
+class NeuronOrder:
+    """Puts the neurons of one matrix into the order of the prices, and back."""
+
+    def __init__(self, prices: Prices, layer: int, module: str) -> None:
+        neurons = {"gate_proj": 0, "up_proj": 0, "c_fc": 0, "down_proj": 1}
+        self.dim = 1 if module.endswith("mlp.c_proj") else neurons.get(module.rsplit(".", 1)[1])
+        self.order = torch.from_numpy(prices.neuron_order[layer]) if layer in prices.neuron_order else None
+
+    def apply(self, matrix: Tensor) -> Tensor:
+        """The matrix as it was rounded."""
+        return matrix if self.order is None or self.dim is None else matrix.index_select(self.dim, self.order)
+
+    def undo(self, matrix: Tensor) -> Tensor:
+        """The inverse of `apply`."""
+        if self.order is None or self.dim is None:
+            return matrix
+        return torch.zeros_like(matrix).index_copy_(self.dim, self.order, matrix)

@@ -18,7 +18,7 @@ from circuitpress.segments import Granularity
 from circuitpress.stream import open_stream
 from circuitpress.units import Prices, Scores
 
-from .recorder import Recorder
+from .recorder import NeuronOrder, Recorder
 from .whole import draw_labels, linears, load, tokens, trace, weight
 
 FORMATS = ("int2g16", "int3g64", "int8g32", "float32")
@@ -47,11 +47,11 @@ def brute_force(model: Any, ids: Tensor, prices: Prices, recorder: Recorder, *, 
         for i, group in enumerate(prices.groups):
             (segment,) = group.segments
             dense = weight(linears(model)[segment.module])
-            order = neuron_permutation(prices, group.layer, segment.module)
-            _, decoded = recorder.find(order(dense))
+            order = NeuronOrder(prices, group.layer, segment.module)
+            _, decoded = recorder.find(order.apply(dense))
             x, g = whole.x[segment.module].double(), whole.g[segment.module].double()
             for f, form in enumerate(prices.formats):
-                change = decoded[form] - order(dense).double()
+                change = decoded[form] - order.apply(dense).double()
                 only = torch.zeros_like(change)
                 span = slice(segment.start, segment.stop)
                 index = (span, slice(None)) if segment.axis == "rows" else (slice(None), span)
@@ -61,24 +61,6 @@ def brute_force(model: Any, ids: Tensor, prices: Prices, recorder: Recorder, *, 
                 result.token[:, i, f] += 0.5 * (effect**2).mean(1) / draws
                 result.sequence[:, i, f] += 0.5 * effect.sum(1) ** 2 / length / draws
     return result
-
-
-class neuron_permutation:  # noqa: N801 (used as a function)
-    """Puts the neurons of a matrix into the order of the prices, and back."""
-
-    def __init__(self, prices: Prices, layer: int, module: str) -> None:
-        self.order = torch.from_numpy(prices.neuron_order[layer]) if layer in prices.neuron_order else None
-        self.dim = {"gate_proj": 0, "up_proj": 0, "c_fc": 0, "down_proj": 1}.get(module.rsplit(".", 1)[1])
-        if module.endswith("mlp.c_proj"):
-            self.dim = 1
-
-    def __call__(self, matrix: Tensor) -> Tensor:
-        return matrix if self.order is None or self.dim is None else matrix.index_select(self.dim, self.order)
-
-    def undo(self, matrix: Tensor) -> Tensor:
-        if self.order is None or self.dim is None:
-            return matrix
-        return torch.zeros_like(matrix).index_copy_(self.dim, self.order, matrix)
 
 
 def assert_close(value: NDArray[Any], expected: NDArray[Any], *, rtol: float = CLOSE) -> None:

@@ -90,6 +90,15 @@ class Anatomy:
         """8 x linear_bytes / linear_numel."""
         return 8 * self.linear_bytes / self.linear_numel
 
+    @property
+    def header_bytes(self) -> int:
+        """An upper bound on what the headers of a packed model's files take: a shard a block, 4 tensors a matrix.
+
+        An entry is a name and about 90 bytes of type, shape and offsets.
+        """
+        entries = sum(4 * (len(matrix.module) + 100) for block in self.blocks for matrix in block.matrices)
+        return entries + 128 * (len(self.blocks) + 1)
+
     def units(self) -> tuple[UnitId, ...]:
         """The units of all blocks in order."""
         return tuple(unit for block in self.blocks for unit in block.units())
@@ -164,7 +173,6 @@ def read_anatomy(folder: Path, *, packed_ok: bool = False) -> Anatomy:
     _refuse_strangers(headers, family, blocks)
     modules = [matrix.module for block in blocks for matrix in block.matrices]
     linear_bytes = sum(_module_bytes(headers, family, module) for module in modules)
-    total = sum(header.nbytes for header in headers.tensors.values())
     first = modules[0]
     dtype = _original_dtype(headers, family, first)
     context = config.get("max_position_embeddings", config.get("n_positions", 0))
@@ -178,7 +186,7 @@ def read_anatomy(folder: Path, *, packed_ok: bool = False) -> Anatomy:
         tied=config.get("tie_word_embeddings", family is _GPT2),
         blocks=blocks,
         linear_bytes=linear_bytes,
-        other_bytes=headers.file_bytes - linear_bytes if total else 0,
+        other_bytes=headers.file_bytes - linear_bytes,
         file_bytes=headers.file_bytes,
     )
 

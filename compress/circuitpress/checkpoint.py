@@ -21,20 +21,6 @@ if TYPE_CHECKING:
 METHOD = "circuitpress"
 """The `quant_method` of our own models."""
 
-_ITEM = {
-    "F64": 8,
-    "I64": 8,
-    "F32": 4,
-    "I32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I16": 2,
-    "U8": 1,
-    "I8": 1,
-    "BOOL": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-}
 _DTYPE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -59,7 +45,7 @@ class Headers:
     @property
     def packed(self) -> Mapping[str, Any]:
         """Our own packed modules: module name -> descriptor; empty for an ordinary checkpoint."""
-        return self.config.get("quantization_config", {}).get("modules", {})
+        return (self.config.get("quantization_config") or {}).get("modules", {})
 
     @property
     def file_bytes(self) -> int:
@@ -126,18 +112,27 @@ def _read_config(folder: Path) -> dict[str, Any]:
         cause = "is not a folder" if not folder.is_dir() else "has no config.json"
         hint = "pass the folder that save_pretrained wrote: config.json, *.safetensors, tokenizer files"
         raise CheckpointError(f"{folder} {cause}", hint=hint)
+    return _read_json(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    hint = "download or save the checkpoint again"
     try:
-        return json.loads(path.read_text())
+        document = json.loads(path.read_text())
     except ValueError as error:
-        raise CheckpointError(
-            f"{path} is not valid JSON: {error}", hint="download or save the checkpoint again"
-        ) from error
+        raise CheckpointError(f"{path} is not valid JSON: {error}", hint=hint) from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path} holds a {type(document).__name__}, not an object", hint=hint)
+    return document
 
 
 def _weight_files(folder: Path) -> list[Path]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        named = _read_json(index).get("weight_map")
+        if not isinstance(named, dict):
+            raise CheckpointError(f"{index} has no weight_map", hint="download or save the checkpoint again")
+        files = [folder / name for name in sorted(set(named.values()))]
     elif single.is_file():
         files = [single]
     else:
@@ -161,18 +156,20 @@ def _read_file_header(file: Path) -> dict[str, TensorHeader]:
         if 8 + length > size:
             raise CheckpointError(f"{file} is truncated: its header does not fit in {size} bytes", hint=hint)
         try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
+            entries = json.loads(stream.read(length))
+            entries.pop("__metadata__", None)
+            result = {name: _tensor_header(file, entry) for name, entry in entries.items()}
+            end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{file} is not a safetensors file: {error}", hint=hint) from error
-    header.pop("__metadata__", None)
-    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if end != size:
         raise CheckpointError(f"{file} is truncated: {size} bytes where its header promises {end}", hint=hint)
-    result = {}
-    for name, entry in header.items():
-        begin, stop = entry["data_offsets"]
-        result[name] = TensorHeader(file, entry["dtype"], tuple(entry["shape"]), stop - begin)
     return result
+
+
+def _tensor_header(file: Path, entry: Mapping[str, Any]) -> TensorHeader:
+    begin, stop = entry["data_offsets"]
+    return TensorHeader(file, entry["dtype"], tuple(entry["shape"]), stop - begin)
 
 
 class Weights:

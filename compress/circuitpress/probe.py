@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
+from .anatomy import Block
 from .console import Advance, ignore
 from .hooks import replace, weight_of
 from .price import permute_inputs, permute_neurons
@@ -25,7 +27,7 @@ from .quantize import quantize_everywhere
 from .rounding import block_hessians, decoded_in_place, round_block, segments_by_module
 from .score.variants import Edit, measure
 from .stream import Stream
-from .units import Decision, Group, Plan, Prices, Probe
+from .units import Decision, Group, Prices, Probe
 
 
 def uniform_plan(prices: Prices, form: str) -> tuple[Decision, ...]:
@@ -39,27 +41,23 @@ def uniform_plan(prices: Prices, form: str) -> tuple[Decision, ...]:
 
 def probe(
     stream: Stream, *, calibration: Tensor, held_out: Tensor, prices: Prices, saliency: Path, formats: Sequence[str],
-    plans: Mapping[str, Plan] | None = None, advance: Advance = ignore,
+    advance: Advance = ignore,
 ) -> list[Probe]:  # fmt: skip
-    """Measures the uniform plans of `formats`, and any further `plans`, on windows `held_out` int64 [n, length].
+    """Measures the uniform plans of `formats` on windows `held_out` int64 [n, length].
 
     `calibration` are the windows that were priced, `saliency` the folder of their shards.
     """
     candidates = {f"uniform {form}": uniform_plan(prices, form) for form in formats}
-    candidates |= {label: plan.decisions for label, plan in (plans or {}).items()}
-    layout = {label: segments_by_module(decisions) for label, decisions in candidates.items()}
     count = len(stream.batches(calibration))
 
     def edits(index: int, module: nn.Module, inputs: Callable[[int], Tensor]) -> Mapping[str, Edit]:
         place = stream.anatomy.blocks[index]
         hessians = block_hessians(stream, module, place, inputs, count, saliency)
-        order = _order(prices, index)
-        result: dict[str, Edit] = {}
-        for label, plan in layout.items():
-            rounded = round_block(module, place, plan, hessians, order)
-            weights = decoded_in_place(rounded, place, order)
-            result[label] = partial(replace, module, weights, transposed=place.matrices[0].transposed)
-        return result
+        rounded = _uniform_roundings(prices, module, place, hessians, formats)
+        return {
+            f"uniform {form}": partial(replace, module, weights, transposed=place.matrices[0].transposed)
+            for form, weights in rounded.items()
+        }
 
     measured = measure(stream, held_out, edits, context=calibration, advance=advance)
     numel = stream.anatomy.linear_numel
@@ -74,10 +72,34 @@ def probe(
     ]
 
 
+def _uniform_roundings(
+    prices: Prices, module: nn.Module, place: Block, hessians: Mapping[str, Tensor], formats: Sequence[str]
+) -> dict[str, dict[str, Tensor]]:
+    """The weights of a block by format and local name. Whole matrices go to all formats in one pass."""
+    order = _order(prices.neuron_order, place.index)
+    groups = [group for group in prices.groups if group.layer == place.index]
+    result: dict[str, dict[str, Tensor]] = {form: {} for form in formats}
+    if any(segment.axis == "cols" for group in groups for segment in group.segments):
+        for form in formats:
+            layout = segments_by_module([Decision(group, form, 0, 0.0) for group in groups])
+            result[form] = decoded_in_place(round_block(module, place, layout, hessians, order), place, order)
+        return result
+    for matrix in place.matrices:
+        weight = weight_of(module, place, matrix).float()
+        rounded, _ = quantize_everywhere(weight, hessians[matrix.module], formats)
+        for form, quantized in rounded.items():
+            result[form][place.local(matrix)] = quantized.decode()
+    return result
+
+
 def choose_singles(prices: Prices, formats: Sequence[str], fraction: float, *, seed: int = 0) -> list[tuple[int, str]]:
-    """Which (group, format) to check: half of them the most expensive ones, the rest drawn at random from the
-    others."""
-    everything = [(i, form) for form in formats for i in range(len(prices.groups))]
+    """Which (group, format) to check: half of them the dearest, the rest drawn at random from the others.
+
+    Formats that cost nothing (the checkpoint's own type) are left out: there is no ratio to a price of zero.
+    """
+    everything = [
+        (i, form) for form in formats for i in range(len(prices.groups)) if prices.nats[i, prices.column(form)]
+    ]
     count = min(len(everything), round(fraction * len(everything)))
     nats = np.array([prices.nats[i, prices.column(form)] for i, form in everything])
     ranked = np.argsort(-nats, kind="stable")
@@ -105,7 +127,7 @@ def exact(
         if not mine:
             return {}
         place = stream.anatomy.blocks[index]
-        order = _order(prices, index)
+        order = _order(prices.neuron_order, index)
         hessians = block_hessians(stream, module, place, inputs, count, saliency)
         forms = sorted({form for _, form in mine})
         matrices = {matrix.module: matrix for matrix in place.matrices}
@@ -156,5 +178,5 @@ def _only(group: Group, weight: Tensor, rounded: Tensor) -> Tensor:
     return changed
 
 
-def _order(prices: Prices, layer: int) -> Tensor | None:
-    return torch.from_numpy(prices.neuron_order[layer]) if layer in prices.neuron_order else None
+def _order(orders: Mapping[int, NDArray[np.int64]], layer: int) -> Tensor | None:
+    return torch.from_numpy(orders[layer]) if layer in orders else None

@@ -69,7 +69,7 @@ def _solve(prices: Prices, session: "circuitpress.run.session.Session", curve: C
         target=recipe.target,
         protect=recipe.protect,
         floors=recipe.floors,
-        other_bytes=session.anatomy.other_bytes,
+        other_bytes=session.anatomy.other_bytes + session.anatomy.header_bytes,
         curve=curve,
     )
 
