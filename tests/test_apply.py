@@ -108,6 +108,9 @@ def test_the_written_model_is_what_was_planned(
     anatomy = open_stream(model).anatomy
     assert anatomy.linear_bytes == plan.linear_bytes
     assert anatomy.file_bytes == sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    # The files hold no more than what a budget for all files counts beside the linear weights.
+    original = open_stream(folder).anatomy
+    assert anatomy.file_bytes <= plan.linear_bytes + original.other_bytes + original.header_bytes
     # Function: the streamed packed model is the whole model with the decoded weights.
     text = tokens(3, 9, seed=1)
     with torch.no_grad():
@@ -280,6 +283,7 @@ def test_shards_of_another_plan_are_not_used(tiny_llama: Path, tmp_path: Path) -
     before = contents(write(tiny_llama, coarse, ids, tmp_path))
     after = contents(write(tiny_llama, fine, ids, tmp_path))
     assert len(after["model-00002-of-00004.safetensors"]) > 2 * len(before["model-00002-of-00004.safetensors"])
+    assert len(list((tmp_path / "shards").iterdir())) == 1  # a replanned run does not fill the disk
     assert contents(write(tiny_llama, coarse, ids, tmp_path)) == before
 
 

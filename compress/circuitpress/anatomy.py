@@ -168,7 +168,7 @@ def read_anatomy(folder: Path, *, packed_ok: bool = False) -> Anatomy:
             hint=f"supported are {', '.join(sorted(_FAMILIES))}",
         )
     family = family_of(config)
-    depth = config.get("num_hidden_layers", config.get("n_layer"))
+    depth = _size(headers, "num_hidden_layers", "n_layer")
     blocks = tuple(_place_block(headers, family, index) for index in range(depth))
     _refuse_strangers(headers, family, blocks)
     modules = [matrix.module for block in blocks for matrix in block.matrices]
@@ -180,8 +180,8 @@ def read_anatomy(folder: Path, *, packed_ok: bool = False) -> Anatomy:
         folder=folder,
         model_type=config["model_type"],
         dtype=dtype,
-        hidden=config.get("hidden_size", config.get("n_embd")),
-        vocab=config["vocab_size"],
+        hidden=_size(headers, "hidden_size", "n_embd"),
+        vocab=_size(headers, "vocab_size"),
         context=context,
         tied=config.get("tie_word_embeddings", family is _GPT2),
         blocks=blocks,
@@ -192,18 +192,26 @@ def read_anatomy(folder: Path, *, packed_ok: bool = False) -> Anatomy:
 
 
 def _place_block(headers: Headers, family: Family, index: int) -> Block:
-    config = headers.config
     prefix = f"{family.blocks}.{index}"
-    heads = config.get("num_attention_heads", config.get("n_head"))
-    hidden = config.get("hidden_size", config.get("n_embd"))
-    matrices = []
+    heads = _size(headers, "num_attention_heads", "n_head")
+    matrices: dict[str, Matrix] = {}
     for role, local in family.roles.items():
         module = f"{prefix}.{local}"
         rows, cols = _matrix_shape(headers, family, module)
-        matrices.append(Matrix(module, role, rows, cols, family.transposed))
-    neurons = next(matrix.cols for matrix in matrices if matrix.role == "down")
-    head_dim = config.get("head_dim") or hidden // heads
-    return Block(index, prefix, tuple(matrices), heads, config.get("num_key_value_heads") or heads, head_dim, neurons)
+        matrices[role] = Matrix(module, role, rows, cols, family.transposed)
+    # From the shapes: what a config.json leaves out has another default in every architecture.
+    head_dim = matrices["o"].cols // heads
+    kv_heads = matrices["k"].rows // head_dim if "k" in matrices else heads
+    return Block(index, prefix, tuple(matrices.values()), heads, kv_heads, head_dim, matrices["down"].cols)
+
+
+def _size(headers: Headers, *names: str) -> int:
+    """A number in config.json, under the first of `names` that is there."""
+    for name in names:
+        if isinstance(value := headers.config.get(name), int):
+            return value
+    hint = "the checkpoint's config.json is damaged: download it again"
+    raise CheckpointError(f"{headers.folder / 'config.json'} has no {names[0]}", hint=hint)
 
 
 def _matrix_shape(headers: Headers, family: Family, module: str) -> tuple[int, int]:

@@ -74,7 +74,8 @@ def split_protected(prices: Prices, units: Sequence[UnitId], anatomy: Anatomy) -
     """Cuts the segments of `units` out of matrices that were priced whole; each becomes a group named `...:protected`.
 
     Bytes are exact. The price of a matrix is shared by number of weights, since its parts were not priced apart.
-    Protected neurons are moved to the front of their layer (`neuron_order`). ValueError for a unit that does not exist.
+    Protected neurons are moved to the front of their layer (`neuron_order`). ValueError for a unit that does not exist,
+    and for prices by unit.
     """
     order = dict(prices.neuron_order)
     parts: dict[str, list[Group]] = {}
@@ -91,6 +92,9 @@ def split_protected(prices: Prices, units: Sequence[UnitId], anatomy: Anatomy) -
             taken = _protected_runs(block, matrix, mine, len(neurons))
             if taken:
                 parts[matrix.module] = _cut_out(matrix, layer, taken)
+    whole_ones = {group.name for group in prices.groups}
+    if stranger := next((module for module in parts if module not in whole_ones), None):
+        raise ValueError(f"{stranger} was not priced as a whole: only whole matrices can be cut")
     groups, rows, shares = [], [], []
     for i, group in enumerate(prices.groups):
         for part in parts.get(group.name, [group]):

@@ -22,6 +22,7 @@ class Store:
         self._folder = folder
         self.limit = limit
         self._resident = 0
+        self._written = 0
         self._memory: dict[Key, Tensor] = {}
         self._files: dict[Key, tuple[Path, torch.dtype, torch.Size]] = {}
 
@@ -35,7 +36,9 @@ class Store:
             self._resident += size
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / ("-".join(map(str, key)) + ".bin")
+        # Numbered, since keys hold names that a file system may not take.
+        path = self._folder / f"{self._written}.bin"
+        self._written += 1
         tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tofile(path)
         self._files[key] = (path, tensor.dtype, tensor.shape)
 
