@@ -36,7 +36,7 @@ from .hooks import weight_of
 from .quantize import Quantized, quantize_everywhere
 from .score.fisher import Flow, add_second_moment, output_gradients, pull, saliency, unit_effects
 from .segments import Granularity, groups_of
-from .store import Store
+from .store import Store, return_freed_memory
 from .stream import Stream, backward, forward
 from .units import Group, Prices, Scores, UnitId
 
@@ -188,6 +188,7 @@ class _BlockPricer:
         rounded, notes = {}, {}
         # Widest input last: by then the Hessians of the others are gone, which bounds the peak of memory.
         for matrix in sorted(self.place.matrices, key=lambda m: m.cols):
+            return_freed_memory()
             weight = weight_of(self.module, self.place, matrix).float()
             hessian = hessians.pop(matrix.module)
             if order is not None:

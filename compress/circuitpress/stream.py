@@ -25,7 +25,7 @@ from .anatomy import Anatomy, Block, family_of, read_anatomy
 from .checkpoint import Weights, read_headers
 from .errors import CheckpointError
 from .hooks import self_test
-from .store import Store
+from .store import Store, return_freed_memory
 
 Visit = Callable[[int, nn.Module, Callable[[int], Tensor]], None]
 """Called with a block's index, the resident block and `inputs(b)`, the block's input for micro-batch b."""
@@ -118,6 +118,7 @@ class Stream:
             yield module
         finally:
             module.to("meta")
+            return_freed_memory()
 
     def _read(self, place: Block, name: str) -> Tensor:
         module, _, part = name.rpartition(".")
@@ -144,7 +145,7 @@ def open_stream(
     size is blurred by rounding: on a 14 M model bfloat16 compute alone costs more than int8 weights) and the
     checkpoint's own type above, where float32 takes seven times as long on a CPU with AMX. `spill` is a folder for
     hidden states that do not fit in memory. `batch_tokens` is the size of a micro-batch; by default the widest
-    activation of a block holds at most 8 million numbers. Raises CheckpointError.
+    activation of a block holds at most 4 million numbers. Raises CheckpointError.
     """
     import transformers
 
@@ -165,7 +166,7 @@ def open_stream(
     weights = Weights(headers, family.prefix)
     where = torch.device(device)
     widest = max(max(matrix.rows, matrix.cols) for block in anatomy.blocks for matrix in block.matrices)
-    batch_tokens = batch_tokens or max(256, min(4096, (1 << 23) // widest))
+    batch_tokens = batch_tokens or max(256, min(4096, (1 << 22) // widest))
     for path, module in model.named_modules():
         _materialise(path, module, model, weights, where, compute)
     return Stream(

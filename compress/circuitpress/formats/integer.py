@@ -73,6 +73,6 @@ class IntFormat(Format):
     def decode(self, value: IntCodes) -> Tensor:
         """float32 [rows, cols]."""
         cols = value.codes.shape[1]
-        scale = value.scales.float().repeat_interleave(self.group_size, dim=1)[:, :cols]
-        zero = value.zeros.float().repeat_interleave(self.group_size, dim=1)[:, :cols]
-        return (value.codes.float() - zero) * scale
+        weight = value.codes.float()
+        weight.sub_(value.zeros.float().repeat_interleave(self.group_size, dim=1)[:, :cols])
+        return weight.mul_(value.scales.float().repeat_interleave(self.group_size, dim=1)[:, :cols])

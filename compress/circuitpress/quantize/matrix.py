@@ -45,7 +45,8 @@ def quantize_everywhere(weight: Tensor, hessian: Tensor, formats: Sequence[str])
         bounds = group_bounds(0, shape[1], size)
         maxq = torch.tensor([2**form.bits - 1 for form in menu.values()], device=weight.device)
         maxq = maxq.repeat_interleave(shape[0])[:, None].expand(-1, len(bounds))
-        rounding = gptq(weight.repeat(len(menu), 1), hessian, bounds, maxq)
+        stacked = weight.repeat(len(menu), 1) if len(menu) > 1 else weight
+        rounding = gptq(stacked, hessian, bounds, maxq)
         notes.append(rounding.fallback)
         for i, (name, form) in enumerate(menu.items()):
             rows = slice(i * shape[0], (i + 1) * shape[0])

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..anatomy import Block, Matrix
+from ..anatomy import Block
 from ..hooks import capture, weight_of
 from ..store import Store
 from ..stream import Stream
@@ -122,13 +122,6 @@ def saliency(flow: Flow) -> Tensor:
 
 def add_second_moment(total: Tensor, x: Tensor, weight: Tensor) -> None:
     """Adds sum_t weight_t x_t x_t^T to `total` float32 [cols, cols]; x is [tokens, cols]."""
-    scaled = x * weight.sqrt().to(x.dtype)[:, None]
-    if scaled.dtype == torch.float32:
-        total.addmm_(scaled.T, scaled)
-    else:
-        total += (scaled.T @ scaled).float()
-
-
-def matrix_by_name(place: Block) -> dict[str, Matrix]:
-    """The matrices of a block by their module names."""
-    return {matrix.module: matrix for matrix in place.matrices}
+    # In float32 whatever the compute type: products rounded to bfloat16 make a Hessian that is not positive definite.
+    scaled = x.float() * weight.sqrt()[:, None]
+    total.addmm_(scaled.T, scaled)

@@ -1,0 +1,179 @@
+"""Writes the tables of README.md from benchmarks/results/*.json, so that no figure is typed by hand.
+
+python benchmarks/tables.py           # rewrites the marked blocks of README.md
+python benchmarks/tables.py --check   # exits 1 if they differ
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+Rows = list[dict[str, Any]]
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Change nothing; exit 1 if README.md is out of date.")
+def main(check: bool) -> None:
+    """Brings the tables of README.md up to date."""
+    path = ROOT / "README.md"
+    before = path.read_text()
+    after = fill(before)
+    if check and after != before:
+        raise SystemExit("README.md does not show benchmarks/results: run python benchmarks/tables.py")
+    if not check:
+        path.write_text(after)
+
+
+def fill(text: str) -> str:
+    """`text` with the body of every block `<!-- results:NAME --> ... <!-- end -->` made anew."""
+    for name, build in BLOCKS.items():
+        block = re.compile(rf"(<!-- results:{name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text = block.sub(lambda found, build=build: found[1] + build() + found[2], text)
+    return text
+
+
+def quality() -> str:
+    """Our plan against the controls at the bytes of the uniform plans."""
+    lines = []
+    rows = _rows("quality.json")
+    for checkpoint, budget in _keys(rows, "checkpoint", "budget"):
+        kl = {
+            method: _mean(rows, "kl", checkpoint=checkpoint, budget=budget, method=method)
+            for method in ("circuitpress", "control:uniform", "control:nearest")
+        }
+        bits = _mean(rows, "bits_per_weight", checkpoint=checkpoint, budget=budget, method="control:uniform")
+        ours, gptq, nearest = kl.values()
+        lines.append(
+            [checkpoint, f"{budget} ({bits:.2f} bits)", f"**{ours:.4g}** ({_change(ours, gptq)})", f"{gptq:.4g}"]
+            + [f"{nearest:.4g}"]
+        )
+    return _table(["checkpoint", "bytes of uniform", "circuitpress", "uniform GPTQ", "round-to-nearest"], lines)
+
+
+def prediction() -> str:
+    """Predictions against the measurement."""
+    rows = _rows("prediction.json")
+    lines = []
+    for checkpoint, plan in _keys(rows, "checkpoint", "plan"):
+        mine = _select(rows, checkpoint=checkpoint, plan=plan)
+        errors = [row["predicted_kl_corrected"] / row["kl"] - 1 for row in mine]
+        values = [np.mean([row[key] for row in mine]) for key in ("predicted_kl", "predicted_kl_corrected", "kl")]
+        bits = max(row["bits_per_weight"] for row in mine)
+        lines.append([checkpoint, f"{bits:.3f} of {plan}", *(f"{value:.4g}" for value in values)])
+        lines[-1].append(f"{max(errors, key=abs):+.1%}")
+    head = ["checkpoint", "bits per weight", "sum of prices", "corrected", "measured on test text"]
+    return _table([*head, "worst error of the corrected"], lines)
+
+
+def exact() -> str:
+    """Prices against single interventions."""
+    rows = _rows("exact.json")
+    lines = []
+    for (checkpoint,) in _keys(rows, "checkpoint"):
+        mine = _select(rows, checkpoint=checkpoint)
+        lines.append([checkpoint, str(len(mine)), f"{mine[0]['spearman']:.3f}", f"{mine[0]['median_ratio']:.2f}"])
+    return _table(["checkpoint", "interventions", "Spearman", "median of measured / price"], lines)
+
+
+def granularity() -> str:
+    """One format a matrix against one a unit."""
+    rows = _select(_rows("granularity.json"), plan="general")
+    lines = []
+    for checkpoint, budget in _keys(rows, "checkpoint", "budget"):
+        by_matrix, by_unit = (
+            _mean(rows, "kl", checkpoint=checkpoint, budget=budget, granularity=cut) for cut in ("matrix", "unit")
+        )
+        if np.isfinite(by_matrix) and np.isfinite(by_unit):
+            change = _change(by_unit, by_matrix)
+            lines.append([checkpoint, f"{budget:g}", f"{by_matrix:.4g}", f"{by_unit:.4g}", change])
+    return _table(["checkpoint", "bits per weight", "KL, by matrix", "KL, by unit", "change"], lines)
+
+
+def behavior() -> str:
+    """The behavior that goes with each checkpoint, at the lowest budgets."""
+    rows = _rows("granularity.json")
+    lines = []
+    for checkpoint, plan, budget in _keys(rows, "checkpoint", "plan", "budget"):
+        if budget not in (2.5, 3.0):
+            continue
+        mine = _select(rows, checkpoint=checkpoint, plan=plan, budget=budget)
+        by_matrix, by_unit = (
+            _mean(rows, "metric", checkpoint=checkpoint, plan=plan, budget=budget, granularity=cut)
+            for cut in ("matrix", "unit")
+        )
+        name, dense = mine[0]["behavior"], mine[0]["dense_metric"]
+        lines.append([checkpoint, name, plan, f"{budget:g}", f"{dense:.3f}", f"{by_matrix:.3f}", f"{by_unit:.3f}"])
+    return _table(["checkpoint", "behavior", "priced on", "bits", "dense", "by matrix", "by unit"], lines)
+
+
+def speed() -> str:
+    """Decode and prefill on a CPU."""
+    lines = []
+    for path in sorted(RESULTS.glob("speed-*.json")):
+        for row in json.loads(path.read_text())["rows"]:
+            if not row["method"].startswith("dense"):
+                what = f"{row['phase']}, batch {row['batch']}"
+                ratio, memory = row["ratio_to_dense"], row["memory_ratio_to_dense"]
+                threads = str(row["threads"])
+                lines.append([path.stem, what, threads, f"{row['tokens_per_second']:.1f}", f"{ratio:.2f}"])
+                lines[-1].append(f"{memory:.2f}")
+    head = ["machine", "what", "threads", "tokens per second", "time against dense", "weight memory against dense"]
+    return _table(head, lines)
+
+
+def memory() -> str:
+    """Peak memory of pricing a model block by block."""
+    lines = []
+    for row in _rows("memory.json"):
+        sizes = [row[f"{name}_bytes"] for name in ("peak", "block", "embedding", "saved_input", "rest")]
+        lines.append([row["model"], str(row["tokens"]), f"{row['seconds']:.0f}", *(f"{n / 1e6:.0f} MB" for n in sizes)])
+    head = ["model", "tokens", "seconds", "peak resident", "one block", "embeddings", "saved inputs", "all the rest"]
+    return _table(head, lines)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "quality": quality,
+    "prediction": prediction,
+    "exact": exact,
+    "granularity": granularity,
+    "behavior": behavior,
+    "speed": speed,
+    "memory": memory,
+}
+
+
+def _rows(name: str) -> Rows:
+    return json.loads((RESULTS / name).read_text())["rows"]
+
+
+def _select(rows: Rows, **wanted: Any) -> Rows:
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def _mean(rows: Rows, value: str, **wanted: Any) -> float:
+    found = [row[value] for row in _select(rows, **wanted)]
+    return float(np.mean(found)) if found else float("nan")
+
+
+def _keys(rows: Rows, *names: str) -> Iterable[tuple[Any, ...]]:
+    return dict.fromkeys(tuple(row[name] for name in names) for row in rows)
+
+
+def _change(new: float, old: float) -> str:
+    return f"{new / old - 1:+.1%}"
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---"] * len(head)
+    return "".join(f"| {' | '.join(line)} |\n" for line in [head, rule, *lines])
+
+
+if __name__ == "__main__":
+    main()
