@@ -134,6 +134,7 @@ class _BlockPricer:
     def pull_all(self, see: Callable[[int, Mapping[str, Flow]], None] | None = None, *, keep: bool = False) -> None:
         """Pulls every gradient through the block; with `keep` the gradients at its output stay in place."""
         for b, draw in self.keys:
+            return_freed_memory()
             gradient = self.gradients.get((b, draw), self.stream.device)
             pulled, flows = pull(self.stream, self.module, self.place, self.inputs(b), gradient)
             if not keep:
