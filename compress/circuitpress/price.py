@@ -190,7 +190,7 @@ class _BlockPricer:
         # Widest input last: by then the Hessians of the others are gone, which bounds the peak of memory.
         for matrix in sorted(self.place.matrices, key=lambda m: m.cols):
             return_freed_memory()
-            weight = weight_of(self.module, self.place, matrix).float()
+            weight = weight_of(self.module, self.place, matrix)
             hessian = hessians.pop(matrix.module)
             if order is not None:
                 index = torch.from_numpy(order)

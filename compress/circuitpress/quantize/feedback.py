@@ -50,7 +50,7 @@ class Rounding(NamedTuple):
 
 
 def gptq(weight: Tensor, hessian: Tensor, bounds: Sequence[tuple[int, int]], maxq: Tensor) -> Rounding:
-    """Rounds `weight` float32 [rows, cols] to integer grids.
+    """Rounds `weight` [rows, cols], of any floating type, to integer grids.
 
     `hessian` is float32 [cols, cols]; `bounds` are the (start, stop) of the groups of columns, in order and without
     gaps; `maxq` [rows, groups] is the largest code (2**bits - 1) of each row in each group, 0 where the weights stay as
@@ -62,12 +62,12 @@ def gptq(weight: Tensor, hessian: Tensor, bounds: Sequence[tuple[int, int]], max
     scales = torch.ones(rows, len(bounds), dtype=torch.float16, device=weight.device)
     zeros = torch.zeros(rows, len(bounds), dtype=torch.uint8, device=weight.device)
     # Transposed, because all the work goes column by column: contiguous columns take half the time.
-    permuted = weight.T[order.columns]
+    permuted = weight.T[order.columns].float()
     error = torch.zeros_like(permuted)
     for group, start, stop in reversed(order.groups):
         passed_on = unit[stop:, start:stop].T @ error[stop:]
         target = permuted[start:stop] + passed_on
-        width = maxq[:, group].to(weight.dtype)
+        width = maxq[:, group].float()
         kept = width == 0
         width = width.clamp(min=1)
         # What the columns will be asked to round: each of them also makes up for those of the group that go before it.
