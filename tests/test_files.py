@@ -2,9 +2,9 @@
 
 import errno
 import hashlib
-import multiprocessing
 import os
-import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -49,22 +49,24 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         write_bytes_atomic(tmp_path / "file" / "inside", b"x")
 
 
-def write_for_ever(path: Path) -> None:
-    for number in range(1_000_000):
-        write_bytes_atomic(path, bytes([65 + number % 26]) * 300_000)
+WRITE_FOR_EVER = """
+import itertools, pathlib, sys
+from circuitpress.files import write_bytes_atomic
+for number in itertools.count():
+    write_bytes_atomic(pathlib.Path(sys.argv[1]), bytes([65 + number % 26]) * 300_000)
+"""
 
 
 def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     for attempt in range(4):
-        writer = multiprocessing.get_context("spawn").Process(target=write_for_ever, args=(path,))
-        writer.start()
+        writer = subprocess.Popen([sys.executable, "-c", WRITE_FOR_EVER, str(path)])
         while not path.exists():
+            assert writer.poll() is None
             time.sleep(0.01)
         time.sleep(0.02 + 0.013 * attempt)
-        assert writer.pid is not None
-        os.kill(writer.pid, signal.SIGKILL)
-        writer.join()
+        writer.kill()
+        writer.wait()
         content = path.read_bytes()
         assert len(content) == 300_000
         assert len(set(content)) == 1
