@@ -160,7 +160,7 @@ def test_changes_are_named(folder: Path) -> None:
     new = old.replace({"plan.budget": "2bpw", "plan.formats": ["int4"], "data.seed": 1})
     changes = describe_changes(old.flatten(), new.flatten(), ignore=["data.seed"])
     assert changes[0] == "plan.budget: '3.0bpw' -> '2bpw'"
-    assert changes[1].startswith("plan.formats: ['int2', ")
+    assert changes[1].startswith("plan.formats: ['int2g32', 'int2', ")
     assert len(changes) == 2
 
 
