@@ -4,14 +4,12 @@ Each in a process of its own (see int4_cases.py and int4_compile.py).
 """
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from .processes import lines
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has wheels for Linux only")
 
@@ -20,34 +18,25 @@ SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942":
 REGISTER_LIMIT = {"sm_80": 128, "sm_90": 128, "sm_100": 128, "gfx942": 512}
 
 
-def _lines(script: str, *arguments: str, **variables: str) -> list[dict[str, Any]]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
-    done = subprocess.run(command, env=environment | variables, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def _check_cases(lines: list[dict[str, Any]]) -> None:
-    assert len(lines) == 60
-    wrong = [line for line in lines if not (line["error"] <= 1 and line["twin"] <= 1 and line["right_form"])]
+def _check_cases(found: list[dict[str, Any]]) -> None:
+    assert len(found) == 60
+    wrong = [line for line in found if not (line["error"] <= 1 and line["twin"] <= 1 and line["right_form"])]
     assert not wrong
 
 
 def test_interpreted_kernel_matches_float64_and_the_twin() -> None:
-    _check_cases(_lines("int4_cases.py", "cpu", TRITON_INTERPRET="1"))
+    _check_cases(lines("int4_cases.py", "cpu", TRITON_INTERPRET="1"))
 
 
 @pytest.mark.gpu
 def test_kernel_on_a_gpu_matches_float64_and_the_twin() -> None:
-    _check_cases(_lines("int4_cases.py", "cuda"))
+    _check_cases(lines("int4_cases.py", "cuda"))
 
 
 def test_compiled_kernel_fits_the_devices(tmp_path: Path) -> None:
-    lines = _lines("int4_compile.py", TRITON_CACHE_DIR=str(tmp_path))
-    assert len(lines) == 18
-    for line in lines:
+    found = lines("int4_compile.py", TRITON_CACHE_DIR=str(tmp_path))
+    assert len(found) == 18
+    for line in found:
         target, case = line["target"], line["case"]
         assert line["spills"] == 0, case
         assert line["registers"] <= REGISTER_LIMIT[target], case
