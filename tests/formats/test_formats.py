@@ -7,10 +7,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from circuitpress.formats import (
+    BookCodes,
     CastFormat,
+    CodebookFormat,
     Format,
     IntCodes,
     IntFormat,
+    OutlierCodes,
+    OutlierFormat,
     decode_segments,
     pack_segments,
     parse,
@@ -24,30 +28,66 @@ NAMES = [f"int{bits}g{group}" for bits in range(2, 9) for group in (1, 7, 16, 64
     "float16",
     "bfloat16",
 ]
+INTS = [f"int{bits}g{group}s6" for bits in (2, 3, 8) for group in (7, 64)]
+BOOKS = ["code2", "code3", "code4", "code2g7", "code3g64", "code3r4g16", "code4r1g64"]
+OUTLIERS = ["int3g16+0.5%", "int2g64s6+0.25%", "int4g7+0.01%"]
+NAMES += INTS + BOOKS + OUTLIERS
 
 
-def random_value(form: Format, rows: int, cols: int, seed: int = 0) -> IntCodes | Tensor:
+Value = IntCodes | BookCodes | OutlierCodes | Tensor
+
+
+def random_value(form: Format, rows: int, cols: int, seed: int = 0) -> Value:
     """Codes, scales and zeros, or numbers, that the format can hold."""
     generator = torch.Generator().manual_seed(seed)
     if isinstance(form, CastFormat):
         return torch.randn(rows, cols, generator=generator).to(form.dtype)
-    assert isinstance(form, IntFormat)
-    groups = -(-cols // form.group_size)
-    codes, zeros = (
-        torch.randint(2**form.bits, (rows, n), generator=generator, dtype=torch.uint8) for n in (cols, groups)
-    )
-    return IntCodes(codes, torch.rand(rows, groups, generator=generator).add(0.01).half(), zeros)
+    if isinstance(form, OutlierFormat):
+        base = random_value(form.base, rows, cols, seed)
+        assert isinstance(base, IntCodes)
+        positions = torch.randperm(rows * cols, generator=generator)[: form.count(rows, cols)].sort().values
+        return OutlierCodes(base, positions, torch.randn(len(positions), generator=generator).half())
+    assert isinstance(form, IntFormat | CodebookFormat)
+    codes = torch.randint(2**form.bits, (rows, cols), generator=generator, dtype=torch.uint8)
+    scales = torch.rand(rows, form.groups(cols), generator=generator).add(0.01)
+    if isinstance(form, CodebookFormat):
+        books = torch.randn(form.books(rows), 2**form.bits, generator=generator).half()
+        return BookCodes(codes, books, form.round_scales(scales * torch.where(scales < 0.5, -1, 1)))
+    zeros = torch.randint(2**form.bits, scales.shape, generator=generator, dtype=torch.uint8)
+    return IntCodes(codes, form.round_scales(scales), zeros)
 
 
-def slow_decode(value: IntCodes, group_size: int) -> Tensor:
-    """w = (code - zero) * scale, weight by weight."""
+def slow_decode(form: Format, value: Value) -> Tensor:
+    """w = (code - zero) * scale or book[code] * scale, weight by weight."""
+    if isinstance(value, Tensor):
+        return value.float()
+    if isinstance(value, OutlierCodes):
+        assert isinstance(form, OutlierFormat)
+        result = slow_decode(form.base, value.base)
+        for position, number in zip(value.positions.tolist(), value.values.tolist(), strict=True):
+            result[position // result.shape[1], position % result.shape[1]] = number
+        return result
+    assert isinstance(form, IntFormat | CodebookFormat)
     rows, cols = value.codes.shape
     result = torch.zeros(rows, cols)
     for r in range(rows):
         for c in range(cols):
-            g = c // group_size
-            result[r, c] = (int(value.codes[r, c]) - int(value.zeros[r, g])) * float(value.scales[r, g])
+            g, code = c // (form.group_size or cols), int(value.codes[r, c])
+            if isinstance(value, IntCodes):
+                entry = code - int(value.zeros[r, g])
+            else:
+                assert isinstance(form, CodebookFormat)
+                entry = float(value.books[r // form.share if form.share else 0, code])
+            result[r, c] = entry * float(value.scales[r, g])
     return result
+
+
+def same(a: object, b: object) -> bool:
+    """Whether two values hold the same tensors."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    assert isinstance(a, tuple) and isinstance(b, tuple)
+    return all(same(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,7 +98,18 @@ def test_names_read_back(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["int4", "dense", "int1g64", "int9g64", "int4g", "int4g64 ", "INT4g64", "float64", "fp16", "", "drop", "int4g64x"],
+    ["int4", "dense", "int1g64", "int9g64", "int4g", "int4g64 ", "INT4g64", "float64", "fp16", "", "drop", "int4g64x"]
+    + [
+        "int4g64s8",
+        "code5",
+        "code1",
+        "code3r16",
+        "code3g0",
+        "int4g64+0.6%",
+        "int4g64+0.50%",
+        "int4g64+0%",
+        "code3+0.5%",
+    ],
 )
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="is not a format: there are int2 to int8"):
@@ -76,6 +127,10 @@ def test_short_names_are_completed() -> None:
     assert resolve("int8", group_size=128, dtype=torch.float32) == "int8g128"
     assert resolve("dense", group_size=32, dtype=torch.bfloat16) == "bfloat16"
     assert resolve("int4g16", group_size=32, dtype=torch.bfloat16) == "int4g16"
+    assert resolve("int4s6", group_size=32, dtype=torch.float32) == "int4g32s6"
+    assert resolve("int3+0.5%", group_size=32, dtype=torch.float32) == "int3g32+0.5%"
+    assert resolve("int3s6+0.1%", group_size=32, dtype=torch.float32) == "int3g32s6+0.1%"
+    assert resolve("code3r16g64", group_size=32, dtype=torch.float32) == "code3r16g64"
     for name in ("int1", "int9", "half", "Dense"):
         with pytest.raises(ValueError, match="is not a format"):
             resolve(name, group_size=32, dtype=torch.float32)
@@ -92,20 +147,16 @@ def test_pack_and_unpack(name: str, rows: int, cols: int, seed: int) -> None:
     assert all(t.dim() == 1 and t.is_contiguous() for t in packed.values())
     assert form.nbytes(rows, cols) == sum(t.numel() * t.element_size() for t in packed.values())
     back = form.unpack(packed, rows, cols)
-    if isinstance(value, IntCodes):
-        assert all(torch.equal(a, b) for a, b in zip(back, value, strict=True))
-    else:
-        assert torch.equal(back, value)
+    assert same(back, value)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("int")])
-def test_integers_decode_to_the_formula(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("int", "code"))])
+def test_codes_decode_to_the_formula(name: str) -> None:
     form = parse(name)
-    value = random_value(form, 3, 37)
-    assert isinstance(value, IntCodes)
+    value = random_value(form, 6, 37)
     decoded = form.decode(value)
     assert decoded.dtype == torch.float32
-    assert torch.equal(decoded, slow_decode(value, form.group_size))  # pyright: ignore[reportAttributeAccessIssue]
+    assert torch.equal(decoded, slow_decode(form, value))
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("float16", torch.float16), ("bfloat16", torch.bfloat16)])
@@ -121,6 +172,32 @@ def test_known_sizes() -> None:
     assert parse("int8g128").nbytes(5, 172) == 860 + 20 + 10
     assert parse("bfloat16").nbytes(5, 172) == 1720
     assert parse("float32").nbytes(5, 172) == 3440
+    # 15 scales of 6 bits are 11.25 bytes and share one exponent.
+    assert parse("int3g64s6").nbytes(5, 172) == 323 + 12 + 1 + 6
+    # 0.5 % of 860 weights are 4.3: five of 4 bytes.
+    assert parse("int3g64+0.5%").nbytes(5, 172) == parse("int3g64").nbytes(5, 172) + 5 * 4
+    assert parse("code3").nbytes(5, 172) == 323 + 5 * 8 * 2
+    assert parse("code3g64").nbytes(20, 172) == 1290 + 8 * 2 + 45 + 2
+    assert parse("code3r16g64").nbytes(20, 172) == 1290 + 2 * 8 * 2 + 45 + 2
+
+
+def test_outliers_reach_as_far_as_sixteen_bits() -> None:
+    form = parse("int2g64+0.01%")
+    assert isinstance(form, OutlierFormat)
+    rows, cols = 700, 300
+    assert form.count(rows, cols) == 21
+    assert form.count(1000, 300) == 30  # not 31 for the last bit of a product
+    assert form.count(2, 3) == 1
+    base = random_value(form.base, rows, cols)
+    assert isinstance(base, IntCodes)
+    values = torch.ones(21, dtype=torch.float16)
+    near = torch.arange(21) * 9000
+    far = torch.cat([torch.tensor([65535, 131071]), 131072 + torch.arange(19)])
+    for positions in (near, far):
+        value = OutlierCodes(base, positions, values)
+        assert same(form.unpack(form.pack(value), rows, cols), value)
+    with pytest.raises(ValueError, match="up to 65536 weights apart: 16 bits reach 65536"):
+        form.pack(OutlierCodes(base, far + 1, values))
 
 
 FLOATS = ("bfloat16", "float16", "float32")
@@ -142,7 +219,7 @@ def test_segments_lie_end_to_end(data: st.DataObject, axis: str, seed: int) -> N
         assert segment_shape(shape, axis, at, at + width) == (rows, cols)
         value = random_value(form, rows, cols, seed + k)
         parts.append((form, at, at + width, value))
-        pieces.append(slow_decode(value, form.group_size) if isinstance(value, IntCodes) else value.float())  # pyright: ignore
+        pieces.append(slow_decode(form, value))
         entries.append({"format": form.name, "start": at, "stop": at + width})
         at += width
     flat = pack_segments([(form, value) for form, _, _, value in parts])
@@ -150,8 +227,6 @@ def test_segments_lie_end_to_end(data: st.DataObject, axis: str, seed: int) -> N
         form.nbytes(*segment_shape(shape, axis, start, stop)) for form, start, stop, _ in parts
     )
     back = split_segments(flat, shape, [(form, start, stop) for form, start, stop, _ in parts], axis)
-    for (_, _, _, value), again in zip(parts, back, strict=True):
-        pairs = zip(value, again, strict=True) if isinstance(value, IntCodes) else [(value, again)]
-        assert all(torch.equal(a, b) for a, b in pairs)
+    assert all(same(value, again) for (_, _, _, value), again in zip(parts, back, strict=True))
     whole = torch.cat(pieces, 0 if axis == "rows" else 1)
     assert torch.equal(decode_segments(flat, list(shape), axis, entries), whole)

@@ -13,14 +13,23 @@ from torch import Tensor
 
 from .base import Format
 from .cast import CastFormat
+from .codebook import BookCodes, CodebookFormat
 from .integer import IntCodes, IntFormat
+from .outliers import OutlierCodes, OutlierFormat
 from .segments import pack_segments, segment_shape, split_segments
+from .trellis import TrellisCodes, TrellisFormat, default_memory
 
 __all__ = [
+    "BookCodes",
     "CastFormat",
+    "CodebookFormat",
     "Format",
     "IntCodes",
     "IntFormat",
+    "OutlierCodes",
+    "OutlierFormat",
+    "TrellisCodes",
+    "TrellisFormat",
     "decode_segments",
     "pack_segments",
     "parse",
@@ -29,8 +38,13 @@ __all__ = [
     "split_segments",
 ]
 
+_INT = r"int([2-8])g([1-9]\d*)(?:s(6))?"
+_SHARE = r"(0\.(?:5|[1-4][1-9]?|0[1-9]))%"
 _TABLE = (
-    (re.compile(r"int([2-8])g([1-9]\d*)"), lambda bits, group: IntFormat(int(bits), int(group))),
+    (re.compile(_INT), lambda *found: _int(*found)),
+    (re.compile(rf"{_INT}\+{_SHARE}"), lambda *found: OutlierFormat(_int(*found[:3]), float(found[3]))),
+    (re.compile(r"code([2-4])(?:(?:r([1-9]\d*))?g([1-9]\d*))?"), lambda *found: _codebook(*found)),
+    (re.compile(r"trellis(1\.5|2|2\.5|3|3\.5|4)(?:l(1[0-6]))?"), lambda bits, memory: _trellis(bits, memory)),
     (re.compile(r"(float32|float16|bfloat16)"), lambda dtype: CastFormat(getattr(torch, dtype))),
 )
 
@@ -41,14 +55,29 @@ def parse(name: str) -> Format:
         if match := pattern.fullmatch(name):
             return build(*match.groups())
     raise ValueError(
-        f"{name!r} is not a format: there are int2 to int8 (int4g32 sets the group), float16, bfloat16, float32, dense"
+        f"{name!r} is not a format: there are int2 to int8 (int4g32 sets the group, int4s6 takes scales in 6 bits, "
+        "int4+0.5% keeps outliers), code2 to code4 (code3g64, code3r16g64), trellis1.5 to trellis4 by halves, float16, "
+        "bfloat16, float32, dense"
     )
+
+
+def _int(bits: str, group: str, scale_bits: str | None) -> IntFormat:
+    return IntFormat(int(bits), int(group), int(scale_bits or 16))
+
+
+def _codebook(bits: str, share: str | None, group: str | None) -> CodebookFormat:
+    return CodebookFormat(int(bits), int(share or 0), int(group)) if group else CodebookFormat(int(bits))
+
+
+def _trellis(bits: str, memory: str | None) -> TrellisFormat:
+    half_bits = round(2 * float(bits))
+    return TrellisFormat(half_bits, int(memory) if memory else default_memory(half_bits))
 
 
 def resolve(name: str, *, group_size: int, dtype: torch.dtype) -> str:
     """The complete name: `int4` takes the recipe's group size, `dense` the checkpoint's own type."""
-    if re.fullmatch(r"int[2-8]", name):
-        name = f"{name}g{group_size}"
+    if match := re.fullmatch(r"(int[2-8])((s6)?(\+.*)?)", name):
+        name = f"{match[1]}g{group_size}{match[2]}"
     elif name == "dense":
         name = str(dtype).removeprefix("torch.")
     return parse(name).name

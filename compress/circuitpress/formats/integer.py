@@ -5,6 +5,8 @@
 Stored without padding: the codes as one bit stream, row after row; zeros likewise; scales as float16. The last group of
 a row may be shorter than the others (172 columns are groups of 64, 64 and 44). An 8-, 4- or 2-bit stream is directly
 what a kernel loads; runtimes that want other layouts repack once, at load.
+
+Formats named `...s6` store their scales in 6 bits (scales.py). Once unpacked they are like the others.
 """
 
 from collections.abc import Mapping
@@ -14,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import scales as small
 from .base import Format, pack_bits, packed_size, unpack_bits
 
 
@@ -30,43 +33,60 @@ class IntCodes(NamedTuple):
 
 @dataclass(frozen=True)
 class IntFormat(Format):
-    """`bits` per weight in groups of `group_size` columns."""
+    """`bits` per weight in groups of `group_size` columns, with scales in 16 or 6 bits."""
 
     bits: int
     group_size: int
+    scale_bits: int = 16
 
     @property
     def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Such as `int4g64`."""
-        return f"int{self.bits}g{self.group_size}"
+        """Such as `int4g64` or `int4g64s6`."""
+        return f"int{self.bits}g{self.group_size}" + ("" if self.scale_bits == 16 else f"s{self.scale_bits}")
 
     def groups(self, cols: int) -> int:
         """Groups in a row of `cols` columns."""
         return -(-cols // self.group_size)
 
     def layout(self, rows: int, cols: int) -> dict[str, tuple[torch.dtype, int]]:
-        """Codes under `weight`, then `scales` and `zeros`."""
+        """Codes under `weight`, then `scales` (or `small_scales` and `exponents`) and `zeros`."""
         groups = rows * self.groups(cols)
-        return {
-            "weight": (torch.uint8, packed_size(rows * cols, self.bits)),
-            "scales": (torch.float16, groups),
-            "zeros": (torch.uint8, packed_size(groups, self.bits)),
-        }
+        if self.scale_bits == 16:
+            scales = {"scales": (torch.float16, groups)}
+        else:
+            scales = {
+                "small_scales": (torch.uint8, packed_size(groups, self.scale_bits)),
+                "exponents": (torch.int8, -(-rows // small.ROWS)),
+            }
+        codes = (torch.uint8, packed_size(rows * cols, self.bits))
+        return {"weight": codes, **scales, "zeros": (torch.uint8, packed_size(groups, self.bits))}
+
+    def round_scales(self, scales: Tensor) -> Tensor:
+        """The nearest scales [rows, groups] that this format can store, float16."""
+        if self.scale_bits == 16:
+            return scales.half()
+        return small.round_scales(scales, small.shared_exponents(scales)).half()
 
     def pack(self, value: IntCodes) -> dict[str, Tensor]:
         """The flat tensors of `layout`."""
-        return {
-            "weight": pack_bits(value.codes, self.bits),
-            "scales": value.scales.reshape(-1).contiguous(),
-            "zeros": pack_bits(value.zeros, self.bits),
-        }
+        if self.scale_bits == 16:
+            scales = {"scales": value.scales.reshape(-1).contiguous()}
+        else:
+            codes, exponents = small.pack_scales(value.scales)
+            scales = {"small_scales": pack_bits(codes, self.scale_bits), "exponents": exponents}
+        return {"weight": pack_bits(value.codes, self.bits), **scales, "zeros": pack_bits(value.zeros, self.bits)}
 
     def unpack(self, tensors: Mapping[str, Tensor], rows: int, cols: int) -> IntCodes:
         """The inverse of `pack`."""
         groups = self.groups(cols)
+        if self.scale_bits == 16:
+            scales = tensors["scales"].reshape(rows, groups)
+        else:
+            codes = unpack_bits(tensors["small_scales"], self.scale_bits, (rows, groups))
+            scales = small.unpack_scales(codes, tensors["exponents"])
         return IntCodes(
             unpack_bits(tensors["weight"], self.bits, (rows, cols)),
-            tensors["scales"].reshape(rows, groups),
+            scales,
             unpack_bits(tensors["zeros"], self.bits, (rows, groups)),
         )
 
