@@ -18,7 +18,8 @@ for W_k + d_k with d L_gg = sum_{j in earlier groups} E_j L_jg, one triangular s
 textbook form keeps updated, and what the grid is fitted to.
 
 Rows are independent given H, so one call may round different rows to different widths: pricing rounds a matrix to all
-formats in one pass by stacking copies.
+formats in one pass by stacking copies. Weights that are `free` (outliers) become the float16 number nearest to their
+target: they take up what other columns pass on and add no error.
 
 When H is not positive definite the damping is raised tenfold up to the mean of its diagonal, then the factorisation is
 tried in float64, and if that fails too the columns are rounded to nearest. Each step down is reported.
@@ -30,10 +31,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .grid import fit_grid, round_to_grid
-
-DAMPING = 0.01
-"""Share of the mean diagonal of H that is added to the diagonal, as in GPTQ."""
+from .grid import AffineGrids
+from .polish import DAMPING, Grids, as_float16, polish
 
 
 class Rounding(NamedTuple):
@@ -47,45 +46,81 @@ class Rounding(NamedTuple):
     """uint8 [rows, groups]"""
     fallback: str
     """Empty, or how the factorisation of H had to be rescued."""
+    values: Tensor | None = None
+    """float32 [rows, cols]: the weights that codes stand for (of free weights, a float16 number); None unless asked
+    for by `free` or `polished`."""
 
 
-def gptq(weight: Tensor, hessian: Tensor, bounds: Sequence[tuple[int, int]], maxq: Tensor) -> Rounding:
+def gptq(
+    weight: Tensor, hessian: Tensor, bounds: Sequence[tuple[int, int]], maxq: Tensor, *, tops: Tensor | None = None,
+    free: Tensor | None = None, polished: bool = False,
+) -> Rounding:  # fmt: skip
     """Rounds `weight` [rows, cols], of any floating type, to integer grids.
 
     `hessian` is float32 [cols, cols]; `bounds` are the (start, stop) of the groups of columns, in order and without
     gaps; `maxq` [rows, groups] is the largest code (2**bits - 1) of each row in each group, 0 where the weights stay as
-    they are (their error is zero and their codes mean nothing).
+    they are (their error is zero and their codes mean nothing). `tops` [rows, groups] are the shared exponents of
+    scales in 6 bits (infinite: float16), `free` bool [rows, cols] weights that become any float16 number; `polished`
+    adds coordinate descent (polish.py), unless the Hessian had to be rescued.
     """
-    rows, cols = weight.shape
+    grids = AffineGrids(maxq, tops)
+    codes, values, fallback = round_columns(weight, hessian, bounds, grids, free=free, polished=polished)
+    scales, zeros = grids.scales.T.half().contiguous(), grids.zeros.T.to(torch.uint8).contiguous()
+    return Rounding(codes.T.contiguous(), scales, zeros, fallback, None if values is None else values.T)
+
+
+def round_columns(
+    weight: Tensor, hessian: Tensor, bounds: Sequence[tuple[int, int]], grids: Grids, *, free: Tensor | None = None,
+    polished: bool = False,
+) -> tuple[Tensor, Tensor | None, str]:  # fmt: skip
+    """Rounds `weight` [rows, cols] to `grids` of any kind, which are fitted on the way (arguments as in `gptq`).
+
+    Returns codes uint8 [cols, rows], values float32 [cols, rows] (None unless asked for) and the note on fallbacks.
+    """
     unit, diagonal, order, fallback = _factor(hessian, bounds)
-    codes = torch.zeros(cols, rows, dtype=torch.uint8, device=weight.device)
-    scales = torch.ones(rows, len(bounds), dtype=torch.float16, device=weight.device)
-    zeros = torch.zeros(rows, len(bounds), dtype=torch.uint8, device=weight.device)
     # Transposed, because all the work goes column by column: contiguous columns take half the time.
     permuted = weight.T[order.columns].float()
+    some_free = None if free is None else free.T[order.columns]
+    codes, error = _feed_back(permuted, unit, diagonal, order, grids, some_free)
+    if not polished and free is None:
+        return codes, None, fallback
+    values = torch.empty_like(permuted)
+    values[order.columns] = permuted.sub_(error)
+    if polished and not fallback:
+        del unit, permuted, error
+        new, free = codes.float(), None if free is None else free.T
+        polish(weight.T.float().contiguous(), hessian, bounds, new, values, grids, free=free)
+        codes = new.to(torch.uint8)
+    return codes, values, fallback
+
+
+def _feed_back(
+    permuted: Tensor, unit: Tensor, diagonal: Tensor, order: "_Order", grids: Grids, free: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [cols, rows], and the error [cols, rows] in the order of `permuted` and `free`."""
+    codes = torch.zeros(permuted.shape, dtype=torch.uint8, device=permuted.device)
     error = torch.zeros_like(permuted)
     for group, start, stop in reversed(order.groups):
+        kept = grids.kept[group]
+        some_free = None if free is None else free[start:stop]
         passed_on = unit[stop:, start:stop].T @ error[stop:]
         target = permuted[start:stop] + passed_on
-        width = maxq[:, group].float()
-        kept = width == 0
-        width = width.clamp(min=1)
         # What the columns will be asked to round: each of them also makes up for those of the group that go before it.
         inner = unit[start:stop, start:stop].T
         expected = torch.linalg.solve_triangular(inner, passed_on, upper=True, unitriangular=True).add_(
             permuted[start:stop]
         )
-        scale, zero = fit_grid(expected, width, diagonal[start:stop])
-        s, any_kept = scale.float(), bool(kept.any())
+        grids.fit(group, expected, diagonal[start:stop], some_free)
         for k in range(stop - 1, start - 1, -1):
-            code, value = round_to_grid(target[k - start], s, zero, width)
+            code, value = grids.nearest(group, target[k - start])
+            if some_free is not None:
+                value = torch.where(some_free[k - start], as_float16(target[k - start]), value)
             wrong = torch.sub(permuted[k], value, out=error[k])
-            if any_kept:
+            if kept is not None:
                 wrong[kept] = 0
             codes[order.columns[k]] = code.to(torch.uint8)
             target[: k - start].addr_(unit[k, start:k], wrong)
-        scales[:, group], zeros[:, group] = scale, zero.to(torch.uint8)
-    return Rounding(codes.T.contiguous(), scales, zeros, fallback)
+    return codes, error
 
 
 class _Order(NamedTuple):
@@ -100,8 +135,15 @@ def _factor(hessian: Tensor, bounds: Sequence[tuple[int, int]]) -> tuple[Tensor,
     excitement = hessian.diagonal()
     finite = bool(torch.stack(hessian.aminmax()).isfinite().all()) and float(excitement.sum()) > 0
     order = _visiting_order(excitement if finite else torch.zeros_like(excitement), bounds)
-    if not finite:
-        return *_no_feedback(hessian), order, "no usable Hessian: rounded to nearest"
+    unit, diagonal, fallback = factor(hessian, order.columns)
+    return unit, diagonal, order, fallback
+
+
+def factor(hessian: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, str]:
+    """Unit lower factor of the damped Hessian in the order `columns`, its diagonal D and a note on fallbacks."""
+    excitement = hessian.diagonal()
+    if not (bool(torch.stack(hessian.aminmax()).isfinite().all()) and float(excitement.sum()) > 0):
+        return *_no_feedback(hessian), "no usable Hessian: rounded to nearest"
     mean = float(excitement.mean())
     for damping, dtype in (
         (DAMPING, torch.float32),
@@ -110,16 +152,16 @@ def _factor(hessian: Tensor, bounds: Sequence[tuple[int, int]]) -> tuple[Tensor,
         (DAMPING, torch.float64),
     ):
         # Symmetric, so its transpose is the column-major form in which LAPACK works in place: 127 MB less at 5632.
-        damped = _reordered(hessian, order.columns).to(dtype).mT
+        damped = _reordered(hessian, columns).to(dtype).mT
         damped.diagonal().add_(damping * mean)
         info = torch.empty((), dtype=torch.int32, device=damped.device)
-        factor, _ = torch.linalg.cholesky_ex(damped, out=(damped, info))
-        root = factor.diagonal().clone()
+        lower, _ = torch.linalg.cholesky_ex(damped, out=(damped, info))
+        root = lower.diagonal().clone()
         if int(info) == 0 and bool(root.isfinite().all()) and float(root.min()) > 0:
             note = "" if (damping, dtype) == (DAMPING, torch.float32) else f"damping {damping:g} in {dtype}"
-            return factor.div_(root).float(), root.square().float(), order, note
-        del damped, factor
-    return *_no_feedback(hessian), order, "Hessian not positive definite: rounded to nearest"
+            return lower.div_(root).float(), root.square().float(), note
+        del damped, lower
+    return *_no_feedback(hessian), "Hessian not positive definite: rounded to nearest"
 
 
 def _no_feedback(hessian: Tensor) -> tuple[Tensor, Tensor]:
