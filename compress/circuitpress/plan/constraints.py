@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import RecipeError
-from ..units import DROP, Group, Prices
+from ..units import DROP, OUTER, Group, Prices
 from .budget import Budget
 
 
@@ -41,14 +41,21 @@ class Constraint:
 
 
 def budget(prices: Prices, limit: Budget, *, other_bytes: int) -> Constraint:
-    """The byte budget: the linear weights may take `limit.linear_bytes(...)`."""
-    numel = int(prices.numel.sum())
+    """The byte budget: the linear weights may take `limit.linear_bytes(...)`.
+
+    Embedding and lm_head, where they are among the groups, count in a budget for files and in no other; `other_bytes`
+    are then the bytes of all the rest.
+    """
+    numel = prices.linear_numel
     cap = limit.linear_bytes(numel, other_bytes)
     reason = f"{limit.text} is {cap:,} bytes for {numel:,} linear weights"
     if limit.counts_files:
-        reason = f"{limit.text} for all weight files leaves {cap:,} bytes for {numel:,} linear weights"
+        also = "" if prices.is_linear.all() else ", embedding and lm_head"
+        reason = f"{limit.text} for all weight files leaves {cap:,} bytes for {numel:,} linear weights{also}"
         reason += f" beside {other_bytes:,} of other weights"
-    return Constraint("budget", reason, weights=prices.nbytes.astype(np.float64), cap=float(cap))
+        return Constraint("budget", reason, weights=prices.nbytes.astype(np.float64), cap=float(cap))
+    weights = np.where(prices.is_linear[:, None], prices.nbytes, 0)
+    return Constraint("budget", reason, weights=weights.astype(np.float64), cap=float(cap))
 
 
 def cap(prices: Prices, name: str, weights: NDArray[np.float64], limit: float, *, reason: str) -> Constraint:
@@ -61,10 +68,11 @@ def cap(prices: Prices, name: str, weights: NDArray[np.float64], limit: float, *
 def floor(prices: Prices, layers: Sequence[int], min_bits: float) -> Constraint:
     """Groups of `layers` take no format below `min_bits` nominal bits; RecipeError for a layer that does not exist."""
     layer = np.array([group.layer for group in prices.groups])
-    strangers = sorted(set(layers) - set(layer.tolist()))
+    there = layer[layer != OUTER]
+    strangers = sorted(set(layers) - set(there.tolist()))
     if strangers:
         problem = f"plan.floors: layer {strangers[0]} does not exist"
-        raise RecipeError([problem], hint=f"the model has layers {layer.min()} to {layer.max()}")
+        raise RecipeError([problem], hint=f"the model has layers {there.min()} to {there.max()}")
     enough = np.array([nominal_bits(name) >= min_bits for name in prices.formats])
     allowed = ~np.isin(layer, list(layers))[:, None] | enough
     return Constraint("floor", f"layers {_listed(layers)} not below {min_bits:g} bits", allowed=allowed)

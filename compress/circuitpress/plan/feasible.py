@@ -54,8 +54,10 @@ def caps_clash(prices: Prices, caps: Sequence[Constraint], allowed: Bools, nbyte
 def _infeasible(
     prices: Prices, allowed: Bools, reason: str, held: str, masked: bool, way: str = "", nbytes: int | None = None
 ) -> InfeasibleBudget:
-    nbytes = int(_least(prices.nbytes.astype(np.float64), allowed)) if nbytes is None else nbytes
-    bits = 8 * nbytes / int(prices.numel.sum())
+    lightest = np.where(allowed, prices.nbytes.astype(np.float64), np.inf).min(1)
+    outer = int(lightest[~prices.is_linear].sum())
+    nbytes = int(lightest.sum()) if nbytes is None else nbytes
+    bits = 8 * (nbytes - outer) / prices.linear_numel
     smallest = f"the smallest plan takes {nbytes:,} bytes, {bits:.4g} bits per weight"
     # Rounded up, so that the number can be typed as it stands.
     way = way or f"pass --budget {math.ceil(bits * 100) / 100:.2f}bpw (plan.budget in a recipe)"

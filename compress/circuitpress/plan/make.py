@@ -1,19 +1,99 @@
 """From prices and a budget to a plan: rules become constraints, the solver chooses, the choice becomes decisions."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import RecipeError
-from ..units import Decision, Plan, Prices
+from ..units import OUTER, Decision, Plan, Prices
 from .budget import Budget
 from .constraints import Constraint, matching, rules
 from .constraints import budget as budget_rule
 from .correction import Curve
-from .solve import solve
+from .outside import AUTO, join, outer_on_offer, widen
+from .solve import Solution, solve
 
 TARGETS = ("native",)
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Everything that the solver is asked: the table of all groups, the rules, and what a plan records of them."""
+
+    prices: Prices
+    constraints: tuple[Constraint, ...]
+    protected: NDArray[np.bool_]
+    budget: str
+    target: str
+    other_bytes: int
+
+    def decide(self, choice: NDArray[np.int64]) -> tuple[Decision, ...]:
+        """The decisions of a choice, one column for each group."""
+        prices, nats = self.prices, self.prices.nats.clip(min=0)
+        return tuple(
+            Decision(group, prices.formats[j], int(prices.nbytes[i, j]), float(nats[i, j]), bool(self.protected[i]))
+            for i, (group, j) in enumerate(zip(prices.groups, choice.tolist(), strict=True))
+        )
+
+
+def pose(
+    prices: Prices,
+    *,
+    budget: str,
+    target: str = "native",
+    protect: Sequence[str] = (),
+    floors: Mapping[int, float] = MappingProxyType({}),
+    other_bytes: int,
+    constraints: Sequence[Constraint] = (),
+    outer: Prices | None = None,
+    outer_format: str = AUTO,
+) -> Problem:
+    """The problem of a plan within `budget` (`3.0bpw`, `40%`, `900MB`).
+
+    `protect` names units, layers or modules that keep the best format (see `constraints.matching`); `floors` maps a
+    layer to its least nominal bits; `constraints` adds rules of any kind. `outer` are the prices of embedding and
+    lm_head and `outer_format` what they may be (see `outside`). `other_bytes` are all bytes of neither table. Raises
+    RecipeError for a faulty option.
+    """
+    if target not in TARGETS:
+        raise RecipeError([f"plan.target: {target!r} is not a target"], hint=f"there is {', '.join(TARGETS)}")
+    limit = Budget.parse(budget)
+    table = prices if outer is None else join(prices, outer_on_offer(outer, outer_format, limit))
+    every = [
+        budget_rule(table, limit, other_bytes=other_bytes),
+        *rules(table, protect_patterns=protect, floors=floors),
+        *(rule if table is prices else widen(rule, prices, table) for rule in constraints),
+    ]
+    kept = matching(table.groups, protect) if protect else np.zeros(len(table.groups), dtype=np.bool_)
+    return Problem(table, tuple(every), kept, budget, target, other_bytes)
+
+
+def write_plan(problem: Problem, solution: Solution, *, curve: Curve | None = None) -> Plan:
+    """The plan of a solution. `curve` gives the corrected prediction, which is None without it."""
+    prices, decisions = problem.prices, problem.decide(solution.choice)
+    inside = tuple(entry for entry in decisions if entry.group.layer != OUTER)
+    outer = tuple(entry for entry in decisions if entry.group.layer == OUTER)
+    return Plan(
+        budget=problem.budget,
+        target=problem.target,
+        decisions=inside,
+        linear_bytes=sum(entry.nbytes for entry in inside),
+        linear_numel=prices.linear_numel,
+        other_bytes=problem.other_bytes + sum(entry.nbytes for entry in outer),
+        predicted_kl=solution.nats,
+        predicted_kl_corrected=None if curve is None else curve(solution.nats),
+        bound_kl=solution.bound,
+        neuron_order={layer: tuple(order.tolist()) for layer, order in prices.neuron_order.items()},
+        provenance={
+            "formats": list(prices.formats),
+            "constraints": [f"{rule.name}: {rule.reason}" for rule in problem.constraints],
+            "curve": None if curve is None else curve.to_json(),
+        },
+        outer=outer,
+    )
 
 
 def make_plan(
@@ -26,39 +106,12 @@ def make_plan(
     other_bytes: int,
     curve: Curve | None = None,
     constraints: Sequence[Constraint] = (),
+    outer: Prices | None = None,
+    outer_format: str = AUTO,
 ) -> Plan:
-    """The cheapest plan within `budget` (`3.0bpw`, `40%`, `900MB`).
-
-    `protect` names units, layers or modules that keep the best format (see `constraints.matching`); `floors` maps a
-    layer to its least nominal bits; `other_bytes` are all bytes that are not linear weights; `constraints` adds rules
-    of any kind. `curve` gives the corrected prediction, which is None without it. Raises RecipeError for a faulty
-    option and InfeasibleBudget if nothing fits.
-    """
-    if target not in TARGETS:
-        raise RecipeError([f"plan.target: {target!r} is not a target"], hint=f"there is {', '.join(TARGETS)}")
-    limit = budget_rule(prices, Budget.parse(budget), other_bytes=other_bytes)
-    every = [limit, *rules(prices, protect_patterns=protect, floors=floors), *constraints]
-    solution = solve(prices, every)
-    kept = matching(prices.groups, protect) if protect else np.zeros(len(prices.groups), dtype=np.bool_)
-    nats = prices.nats.clip(min=0)
-    decisions = tuple(
-        Decision(group, prices.formats[j], int(prices.nbytes[i, j]), float(nats[i, j]), bool(kept[i]))
-        for i, (group, j) in enumerate(zip(prices.groups, solution.choice.tolist(), strict=True))
-    )
-    return Plan(
-        budget=budget,
-        target=target,
-        decisions=decisions,
-        linear_bytes=solution.nbytes,
-        linear_numel=int(prices.numel.sum()),
-        other_bytes=other_bytes,
-        predicted_kl=solution.nats,
-        predicted_kl_corrected=None if curve is None else curve(solution.nats),
-        bound_kl=solution.bound,
-        neuron_order={layer: tuple(order.tolist()) for layer, order in prices.neuron_order.items()},
-        provenance={
-            "formats": list(prices.formats),
-            "constraints": [f"{rule.name}: {rule.reason}" for rule in every],
-            "curve": None if curve is None else curve.to_json(),
-        },
-    )
+    """The cheapest plan of the problem that `pose` describes; InfeasibleBudget if nothing fits."""
+    problem = pose(
+        prices, budget=budget, target=target, protect=protect, floors=floors, other_bytes=other_bytes,
+        constraints=constraints, outer=outer, outer_format=outer_format,
+    )  # fmt: skip
+    return write_plan(problem, solve(problem.prices, problem.constraints), curve=curve)

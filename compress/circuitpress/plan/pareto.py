@@ -43,7 +43,7 @@ def pareto(prices: Prices, *, curve: Curve | None = None, constraints: Sequence[
     floor = float(end.clip(min=0).sum())
     nats = floor + np.concatenate([np.cumsum(hull.gain[::-1])[::-1], [0.0]])
     corrected = [None] * len(nats) if curve is None else curve.apply(nats).tolist()
-    numel = int(prices.numel.sum())
+    numel = prices.linear_numel
     rows_of = zip(nbytes.tolist(), nats.tolist(), corrected, strict=True)
     return [Point(8 * size / numel, size, kl, better) for size, kl, better in rows_of]
 

@@ -1,8 +1,8 @@
 """What config.json says about one packed matrix, and how its flat tensors are cut into parts.
 
 A matrix is a list of parts along one axis, each in one format; the part's own tensors follow one another in
-`<module>.weight`, `.scales`, `.zeros` and `.dense`. Shapes and lengths follow from the descriptor alone, so the module
-is built before any weight is read.
+`<module>.weight`, `.scales`, `.zeros`, `.dense` and whatever else its formats name. Shapes and lengths follow from the
+descriptor alone, so the module is built before any weight is read.
 """
 
 from collections.abc import Iterator, Mapping

@@ -120,20 +120,25 @@ class PackedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves or casts the module, as `to` does; raises where a packed form would not survive that."""
         if self.form != "dense":
-            kinds = {buffer.dtype for buffer in self.buffers() if buffer.is_floating_point()}
-            device = next(self.buffers()).device
-            for kind in kinds:
-                new = fn(torch.empty(0, dtype=kind, device=device))
-                if new.dtype != kind or (self.form == "int4pack" and new.device.type != "cpu"):
-                    hint = "load it as it will run: from_pretrained(folder, device_map='cuda', dtype=torch.bfloat16)"
-                    here = f"weights packed for {device.type} ({self.form})"
-                    raise CircuitpressError(f"{here} cannot become {new.dtype} on {new.device}", hint=hint)
+            refuse_cast(self, self.form, fn)
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         """Shape, formats and form, for `print(model)`."""
         names = ", ".join(dict.fromkeys(part.format.name for part in self.descriptor.parts))
         return f"in_features={self.in_features}, out_features={self.out_features}, formats={names}, form={self.form}"
+
+
+def refuse_cast(module: nn.Module, form: str, fn: Callable[[Tensor], Tensor]) -> None:
+    """Raises CircuitpressError if `fn`, which `to` applies to all tensors, would spoil a module packed as `form`."""
+    kinds = {buffer.dtype for buffer in module.buffers() if buffer.is_floating_point()}
+    device = next(module.buffers()).device
+    for kind in kinds:
+        new = fn(torch.empty(0, dtype=kind, device=device))
+        if new.dtype != kind or (form == "int4pack" and new.device.type != "cpu"):
+            hint = "load it as it will run: from_pretrained(folder, device_map='cuda', dtype=torch.bfloat16)"
+            here = f"weights packed for {device.type} ({form})"
+            raise CircuitpressError(f"{here} cannot become {new.dtype} on {new.device}", hint=hint)
 
 
 def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
