@@ -21,8 +21,10 @@ class Recorder:
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         real = pricing.quantize_everywhere
 
-        def record(weight: Tensor, hessian: Tensor, formats: Sequence[str]) -> tuple[dict[str, Quantized], str]:
-            result, note = real(weight, hessian, formats)
+        def record(
+            weight: Tensor, hessian: Tensor, formats: Sequence[str], **options: bool
+        ) -> tuple[dict[str, Quantized], str]:
+            result, note = real(weight, hessian, formats, **options)
             decoded = {name: value.decode().double() for name, value in result.items()}
             self.calls.append((weight.double(), hessian.double(), decoded))
             return result, note

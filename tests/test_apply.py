@@ -75,8 +75,8 @@ def dense_twin(source: Path, model: Path) -> Any:
     maps = linears(twin)
     with torch.no_grad():
         for name, entry in modules.items():
-            parts = {key: tensors.pop(f"{name}.{key}", None) for key in ("weight", "scales", "zeros", "dense")}
-            there = {key: part for key, part in parts.items() if part is not None}
+            keys = [key for key in tensors if key.rpartition(".")[0] == name and not key.endswith(".bias")]
+            there = {key.rpartition(".")[2]: tensors.pop(key) for key in keys}
             weight(maps[name]).copy_(decode_segments(there, entry["shape"], entry["axis"], entry["segments"]))
     twin.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=False)
     return twin

@@ -16,7 +16,14 @@ import pytest
 from circuitpress.cli import cli, invoke
 from circuitpress.errors import CircuitpressError, InfeasibleBudget, QualityGateMissed
 
-COMMANDS = sorted(cli.commands)
+LEAVES = {name: command for name, command in cli.commands.items() if not isinstance(command, click.Group)}
+LEAVES |= {
+    f"{name} {leaf}": command
+    for name, group in cli.commands.items()
+    if isinstance(group, click.Group)
+    for leaf, command in group.commands.items()
+}
+COMMANDS = sorted(LEAVES)
 
 RECIPE = """
 model: {model}
@@ -46,27 +53,27 @@ def test_help_is_fast_and_loads_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert time.monotonic() - started < 1
     assert done.returncode == 0, done.stderr
-    assert COMMANDS == ["apply", "check", "diff", "eval", "plan", "report", "run", "score"]
-    assert all(f"\n  {name} " in done.stdout for name in COMMANDS)
+    assert COMMANDS == ["apply", "bench quality", "check", "diff", "eval", "plan", "report", "run", "score"]
+    assert all(f"\n  {name} " in done.stdout for name in cli.commands)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_help_has_examples_and_the_common_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert invoke([command, "--help"]) == 0
+    assert invoke([*command.split(), "--help"]) == 0
     text = capsys.readouterr().out
     assert re.search(rf"Examples:\n +circuitpress {command} ", text)
     for option in ("--json", "--device", "--quiet", "--debug"):
         assert option in text
-    assert "..." not in cli.commands[command].get_short_help_str(60)
+    assert "..." not in LEAVES[command].get_short_help_str(60)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_examples_parse(command: str) -> None:
-    epilog = cli.commands[command].epilog or ""
-    examples = [line.split()[2:] for line in epilog.splitlines() if line.strip().startswith("circuitpress")]
+    epilog, words = LEAVES[command].epilog or "", 1 + len(command.split())
+    examples = [line.split()[words:] for line in epilog.splitlines() if line.strip().startswith("circuitpress")]
     assert examples
     for arguments in examples:
-        assert cli.commands[command].make_context(command, arguments)
+        assert LEAVES[command].make_context(command, arguments)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,8 +231,8 @@ def test_bad_input_is_one_screen(
 
 def test_every_command_line_hint_of_the_library_parses() -> None:
     """Hints name commands and options; a renamed option must not leave a wrong one behind."""
-    hints = re.compile(r"circuitpress (run|score|plan|apply|eval|check|report|diff)\b[^\"\n;]*")
-    options = {option for command in cli.commands.values() for p in command.params for option in p.opts}
+    hints = re.compile(r"circuitpress (run|score|plan|apply|eval|check|report|diff|bench)\b[^\"\n;]*")
+    options = {option for command in LEAVES.values() for p in command.params for option in p.opts}
     files = sorted((Path(__file__).parents[1] / "compress").glob("**/*.py"))
     assert len(files) > 20
     for path in files:

@@ -19,35 +19,40 @@ LIBRARY = ROOT / "compress" / "circuitpress"
 KERNELS = ROOT / "kernels" / "circuitpress_kernels"
 
 FLOORS = (
-    ("units", "files", "errors", "formats", "recipe", "console"),
-    ("stream", "hooks", "anatomy", "checkpoint", "data", "store"),
+    ("units", "files", "errors", "formats", "menu", "recipe", "console"),
+    ("stream", "hooks", "anatomy", "assemble", "checkpoint", "data", "store", "widths"),
     ("segments", "mech", "score", "quantize", "prune", "evaluate", "runtime"),
-    ("apply", "audit", "price", "plan", "probe", "rounding"),
-    ("run", "report", "export"),
+    ("apply", "refine", "audit", "outer", "price", "plan", "probe", "rounding"),
+    ("run", "report", "export", "bench"),
     ("cli", "__main__"),
 )
 ARROWS = {
     "files": {"errors"},
     "units": {"errors", "files"},
     "formats": {"errors", "units"},
-    "recipe": {"errors", "files"},
+    "recipe": {"errors", "files", "menu"},
     "console": {"errors"},
     "anatomy": {"checkpoint"},
+    "assemble": {"anatomy", "checkpoint"},
+    "widths": {"anatomy"},
     "hooks": {"anatomy"},
     "stream": {"anatomy", "checkpoint", "hooks", "store"},
     "evaluate": {"runtime"},
     "score": {"evaluate"},
-    "apply": {"price", "rounding"},
+    "prune": {"score"},
+    "price": {"outer"},
+    "apply": {"outer", "price", "rounding"},
     "rounding": {"price"},
-    "probe": {"price", "rounding"},
+    "probe": {"outer", "price", "rounding"},
     "run": {"report", "export"},
+    "bench": {"run"},
     "__main__": {"cli"},
 }
 # The package itself loads one private module, which sees the runtime only when transformers is there.
 PACKAGE = {"__init__": {"_register"}, "_register": {"runtime"}}
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TORCH_FREE = ("units", "files", "errors", "recipe", "console", "anatomy", "plan", "report", "cli")
-USES_KERNELS = {"runtime", "formats"}
+USES_KERNELS = {"runtime", "formats", "quantize"}
 MOST_LINES = 400
 
 

@@ -250,7 +250,7 @@ def test_nothing_is_left_in_the_spill_folder(tiny_llama: Path, tmp_path: Path, m
     price(stream, tokens(2, 4), formats=["int4g16"], folder=tmp_path / "shards", advance=ignore)
     assert not list((tmp_path / "spill").glob("*"))
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("on purpose")
 
     monkeypatch.setattr(pricing, "quantize_everywhere", fail)

@@ -10,7 +10,7 @@ the checkpoint stores the transpose (GPT-2's Conv1D).
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from .units import UnitId
 
 @dataclass(frozen=True)
 class Matrix:
-    """One linear map of a decoder block, y[rows] = W[rows, cols] x[cols].
+    """One linear map of a decoder block, y[rows] = W[rows, cols] x[cols], or a matrix outside the blocks.
 
-    `role` is q, k, v, qkv, o, gate, up or down.
+    `role` is q, k, v, qkv, o, gate, up or down; outside the blocks embedding, head or tied (both in one matrix).
     """
 
     module: str
@@ -66,7 +66,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The parts of one model; sizes in weights and bytes. `dtype` is the type of the linear weights on disk."""
+    """The parts of one model; sizes in weights and bytes. `dtype` is the type of the linear weights on disk.
+
+    `outer` are the embedding and lm_head, one matrix if they are tied; `outer_bytes` what they take. `original_numel`
+    is the number of linear weights before pruning, None for a model that was never pruned.
+    """
 
     folder: Path
     model_type: str
@@ -79,10 +83,18 @@ class Anatomy:
     linear_bytes: int
     other_bytes: int
     file_bytes: int
+    outer: tuple[Matrix, ...]
+    outer_bytes: int
+    original_numel: int | None = None
 
     @property
     def linear_numel(self) -> int:
-        """Number of linear weights in all decoder blocks."""
+        """Number of linear weights in all decoder blocks, those included that pruning took away."""
+        return self.original_numel or self.present_numel
+
+    @property
+    def present_numel(self) -> int:
+        """Number of linear weights that are there; it differs from `linear_numel` in pruned models only."""
         return sum(matrix.numel for block in self.blocks for matrix in block.matrices)
 
     @property
@@ -96,7 +108,8 @@ class Anatomy:
 
         An entry is a name and about 90 bytes of type, shape and offsets.
         """
-        entries = sum(4 * (len(matrix.module) + 100) for block in self.blocks for matrix in block.matrices)
+        matrices = [*self.outer, *(matrix for block in self.blocks for matrix in block.matrices)]
+        entries = sum(4 * (len(matrix.module) + 100) for matrix in matrices)
         return entries + 128 * (len(self.blocks) + 1)
 
     def units(self) -> tuple[UnitId, ...]:
@@ -110,12 +123,14 @@ class Anatomy:
 
 @dataclass(frozen=True)
 class Family:
-    """How one architecture names its parts: blocks, final norm; `roles` maps a role to the module inside a block."""
+    """How one architecture names its parts: blocks, final norm, embedding; `roles` maps a role to a block's module."""
 
     blocks: str
     norm: str
+    embedding: str
     roles: Mapping[str, str]
     transposed: bool = False
+    head: str = "lm_head"
 
     @property
     def prefix(self) -> str:
@@ -126,6 +141,7 @@ class Family:
 _LLAMA = Family(
     "model.layers",
     "model.norm",
+    "model.embed_tokens",
     {
         "q": "self_attn.q_proj",
         "k": "self_attn.k_proj",
@@ -139,6 +155,7 @@ _LLAMA = Family(
 _GPT2 = Family(
     "transformer.h",
     "transformer.ln_f",
+    "transformer.wte",
     {"qkv": "attn.c_attn", "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"},
     transposed=True,
 )
@@ -176,6 +193,7 @@ def read_anatomy(folder: Path, *, packed_ok: bool = False) -> Anatomy:
     first = modules[0]
     dtype = _original_dtype(headers, family, first)
     context = config.get("max_position_embeddings", config.get("n_positions", 0))
+    outer = _place_outer(headers, family)
     return Anatomy(
         folder=folder,
         model_type=config["model_type"],
@@ -188,6 +206,9 @@ def read_anatomy(folder: Path, *, packed_ok: bool = False) -> Anatomy:
         linear_bytes=linear_bytes,
         other_bytes=headers.file_bytes - linear_bytes,
         file_bytes=headers.file_bytes,
+        outer=outer,
+        outer_bytes=sum(_module_bytes(headers, family, matrix.module) for matrix in outer),
+        original_numel=(config.get("circuitpress") or {}).get("linear_numel"),
     )
 
 
@@ -203,6 +224,16 @@ def _place_block(headers: Headers, family: Family, index: int) -> Block:
     head_dim = matrices["o"].cols // heads
     kv_heads = matrices["k"].rows // head_dim if "k" in matrices else heads
     return Block(index, prefix, tuple(matrices.values()), heads, kv_heads, head_dim, matrices["down"].cols)
+
+
+def _place_outer(headers: Headers, family: Family) -> tuple[Matrix, ...]:
+    """Embedding and lm_head; one matrix where the checkpoint stores no lm_head of its own."""
+    vocab, hidden = _matrix_shape(headers, replace(family, transposed=False), family.embedding)
+    stored = [family.embedding]
+    if family.head in headers.packed or f"{family.head}.weight" in headers.tensors:
+        stored.append(family.head)
+    roles = ("embedding", "head") if len(stored) == 2 else ("tied",)
+    return tuple(Matrix(module, role, vocab, hidden, False) for module, role in zip(stored, roles, strict=True))
 
 
 def _size(headers: Headers, *names: str) -> int:
@@ -234,8 +265,10 @@ def _stored(headers: Headers, family: Family, name: str) -> str:
 
 
 def _module_bytes(headers: Headers, family: Family, module: str) -> int:
-    names = [_stored(headers, family, f"{module}.{part}") for part in ("weight", "scales", "zeros", "dense")]
-    return sum(headers.tensors[name].nbytes for name in names if name in headers.tensors)
+    """Bytes of the matrix in whatever tensors its formats store it: of all the module has but its bias."""
+    prefix = _stored(headers, family, f"{module}.weight").removesuffix("weight")
+    own = ((name.removeprefix(prefix), header) for name, header in headers.tensors.items() if name.startswith(prefix))
+    return sum(header.nbytes for part, header in own if part != "bias" and "." not in part)
 
 
 def _original_dtype(headers: Headers, family: Family, module: str) -> str:

@@ -3,7 +3,7 @@
 1. For every block: rebuild the Hessians (rounding.py), quantize by plan, pack, and write the block's tensors as one
    shard, in a folder named by the digest of the plan. A rerun keeps the shards of its plan and only walks through their
    blocks; those of other plans are removed.
-2. Everything outside the blocks (embeddings, final norm, lm_head) becomes the first shard, unchanged.
+2. Everything outside the blocks becomes the first shard: embedding and lm_head as the plan says, the rest unchanged.
 3. Shards, index, config and tokenizer are collected in a partial folder that is renamed when it is whole.
 
 Equal inputs give equal bytes: nothing in a shard depends on time, on the machine's name or on how often it was resumed.
@@ -11,23 +11,23 @@ Equal inputs give equal bytes: nothing in a shard depends on time, on the machin
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from .anatomy import Block, Matrix, family_of
+from .assemble import METADATA, assemble, outer_tensors
 from .checkpoint import METHOD, Headers, Weights, read_headers
 from .console import Advance, ignore
 from .errors import CircuitpressError
-from .files import atomic, write_bytes_atomic
+from .files import write_bytes_atomic
 from .formats import CastFormat, Format, pack_segments, parse
+from .outer import load_hessian, round_outer
 from .price import permute_neurons
 from .quantize import Quantized
 from .rounding import block_hessians, round_block, segments_by_module
@@ -37,29 +37,26 @@ from .units import Plan
 VERSION = 1
 """The version of the packed checkpoint format in `quantization_config`."""
 
-_METADATA = {"format": "pt"}
-"""transformers asks for it. One key only: safetensors writes several in random order, which would change the bytes."""
-
-_CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
-
 
 def apply(
-    stream: Stream, plan: Plan, windows: Tensor, *, saliency: Path, shards: Path, out: Path, advance: Advance = ignore
-) -> None:
+    stream: Stream, plan: Plan, windows: Tensor, *, saliency: Path, shards: Path, out: Path, polish: bool = True,
+    advance: Advance = ignore,
+) -> None:  # fmt: skip
     """Writes the model of `plan` to the folder `out`.
 
     `windows` are the calibration tokens that were priced, `saliency` the folder of the price shards, `shards` the place
-    for the blocks that are already done. Raises CircuitpressError when a file cannot be written.
+    for the blocks that are already done. `polish` improves codes after rounding (`quantize/polish.py`). Raises
+    CircuitpressError when a file cannot be written.
     """
-    shards = _shard_folder(shards, plan)
+    shards = _shard_folder(shards, plan, polish=polish)
     layout = segments_by_module(plan.decisions)
     batches = stream.batches(windows)
     headers = read_headers(stream.anatomy.folder)
     family = family_of(headers.config)
     weights = Weights(headers, family.prefix)
-    modules: dict[str, Any] = {}
+    modules = _descriptors(stream.anatomy.outer, segments_by_module(plan.outer))
     for block in stream.anatomy.blocks:
-        modules |= _descriptors(block, layout)
+        modules |= _descriptors(block.matrices, layout)
 
     def visit(index: int, module: nn.Module, inputs: Callable[[int], Tensor]) -> None:
         path = _shard(shards, index)
@@ -67,16 +64,16 @@ def apply(
             place = stream.anatomy.blocks[index]
             order = torch.tensor(plan.neuron_order[index]) if index in plan.neuron_order else None
             hessians = block_hessians(stream, module, place, inputs, len(batches), saliency)
-            rounded = round_block(module, place, layout, hessians, order)
+            rounded = round_block(module, place, layout, hessians, order, polish=polish)
             tensors = _block_tensors(weights, headers, place, rounded, modules, order)
-            write_bytes_atomic(path, save(tensors, metadata=_METADATA))
+            write_bytes_atomic(path, save(tensors, metadata=METADATA))
 
     store = stream.store("apply")
     try:
         forward(stream, batches, store, visit=visit, advance=advance)
     finally:
         store.clear()
-    _write_outer(headers, stream, shards)
+    _write_outer(headers, stream, plan, saliency, shards)
     _collect(headers, stream, modules, shards, out)
 
 
@@ -84,19 +81,24 @@ def _shard(shards: Path, index: int | None) -> Path:
     return shards / ("outer.safetensors" if index is None else f"block-{index:05d}.safetensors")
 
 
-def _shard_folder(shards: Path, plan: Plan) -> Path:
+def _shard_folder(shards: Path, plan: Plan, *, polish: bool) -> Path:
     """The folder for this plan's shards; the others' are removed."""
-    digest = hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+    content = json.dumps(plan.to_json() | {"polish": polish}, sort_keys=True)
+    digest = hashlib.sha256(content.encode()).hexdigest()[:16]
     for other in shards.glob("*"):
         if other.name != digest:
             shutil.rmtree(other, ignore_errors=True)
     return shards / digest
 
 
-def _descriptors(block: Block, layout: dict[str, tuple[str, list[tuple[str, int, int]]]]) -> dict[str, Any]:
+def _descriptors(
+    matrices: Sequence[Matrix], layout: dict[str, tuple[str, list[tuple[str, int, int]]]]
+) -> dict[str, Any]:
     """The entries of `quantization_config.modules`; a matrix without packed segments stays an ordinary weight."""
     result = {}
-    for matrix in block.matrices:
+    for matrix in matrices:
+        if matrix.module not in layout:  # embedding or lm_head of a plan that does not speak of them
+            continue
         axis, segments = layout[matrix.module]
         floating = {form for form, _, _ in segments if isinstance(parse(form), CastFormat)}
         if len(floating) > 1:
@@ -154,45 +156,29 @@ def _parts(weights: Weights, matrix: Matrix, rounded: Quantized, order: Tensor |
     return result
 
 
-def _write_outer(headers: Headers, stream: Stream, shards: Path) -> None:
+def _write_outer(headers: Headers, stream: Stream, plan: Plan, saliency: Path, shards: Path) -> None:
     path = _shard(shards, None)
     if path.exists():
         return
     weights = Weights(headers, family_of(headers.config).prefix)
-    prefixes = tuple(block.prefix + "." for block in stream.anatomy.blocks)
-    names = [weights.model_name(stored) for stored in headers.tensors]
-    tensors = {name: weights.read(name) for name in names if not name.startswith(prefixes)}
-    write_bytes_atomic(path, save(tensors, metadata=_METADATA))
+    tensors = outer_tensors(headers, weights, stream.anatomy)
+    for decision in plan.outer:
+        module, form = decision.group.name, parse(decision.format)
+        original = tensors.pop(f"{module}.weight")
+        if isinstance(form, CastFormat):
+            tensors[f"{module}.weight"] = original.to(form.dtype)
+            continue
+        hessian = load_hessian(saliency, module).to(stream.device)
+        rounded = round_outer(stream.outer_weight(module), hessian, decision.format)
+        packed = pack_segments([(kind, value) for kind, _, _, value in rounded.parts])
+        tensors |= {f"{module}.{key}": value.cpu() for key, value in packed.items()}
+    write_bytes_atomic(path, save(tensors, metadata=METADATA))
 
 
 def _collect(headers: Headers, stream: Stream, modules: dict[str, Any], shards: Path, out: Path) -> None:
     """Builds the model folder beside `out` and renames it; the previous folder, if any, is replaced."""
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for pattern in _CARRIED:
-        for file in headers.folder.glob(pattern):
-            if file.name not in ("config.json", "model.safetensors.index.json"):
-                shutil.copy2(file, partial / file.name)
     config = dict(headers.config)
     if modules:
         config["quantization_config"] = {"quant_method": METHOD, "version": VERSION, "modules": modules}
-    write_bytes_atomic(partial / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     sources = [_shard(shards, None), *(_shard(shards, block.index) for block in stream.anatomy.blocks)]
-    index: dict[str, str] = {}
-    size = 0
-    for k, source in enumerate(sources):
-        name = f"model-{k + 1:05d}-of-{len(sources):05d}.safetensors"
-        try:
-            os.link(source, partial / name)
-        except OSError:
-            with atomic(partial / name) as path:
-                shutil.copyfile(source, path)
-        with safe_open(source, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
-                index[key] = name
-        size += source.stat().st_size
-    document = {"metadata": {"total_size": size}, "weight_map": index}
-    write_bytes_atomic(partial / "model.safetensors.index.json", (json.dumps(document, indent=1) + "\n").encode())
-    shutil.rmtree(out, ignore_errors=True)
-    partial.replace(out)
+    assemble(headers.folder, config, sources, out)

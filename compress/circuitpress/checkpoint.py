@@ -218,11 +218,19 @@ class Weights:
         """Whether this module is stored in our packed form."""
         return module in self._headers.packed
 
+    def packed(self, module: str) -> "dict[str, torch.Tensor]":
+        """The flat tensors of a packed module, by the names that its formats give them."""
+        from .formats import parse, segment_shape
+
+        entry = self._headers.packed[module]
+        shapes = [segment_shape(entry["shape"], entry["axis"], s["start"], s["stop"]) for s in entry["segments"]]
+        layouts = [parse(s["format"]).layout(*shape) for s, shape in zip(entry["segments"], shapes, strict=True)]
+        names = dict.fromkeys(name for layout in layouts for name in layout)
+        return {name: self.read(f"{module}.{name}") for name in names}
+
     def decode(self, module: str) -> "torch.Tensor":
         """The weights of a packed module, float32 [rows, cols]."""
         from .formats import decode_segments
 
-        descriptor = self._headers.packed[module]
-        names = ("weight", "scales", "zeros", "dense")
-        tensors = {name: self.read(f"{module}.{name}") for name in names if self.stored_name(f"{module}.{name}")}
-        return decode_segments(tensors, descriptor["shape"], descriptor["axis"], descriptor["segments"])
+        entry = self._headers.packed[module]
+        return decode_segments(self.packed(module), entry["shape"], entry["axis"], entry["segments"])

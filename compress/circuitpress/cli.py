@@ -235,6 +235,46 @@ def diff(console: Console, first: Path, second: Path, device: str | None) -> Non
     console.result(*compare_plans(first, second))
 
 
+@cli.group(context_settings=_HELP)
+def bench() -> None:
+    """Measure side by side with others.
+
+    The same checkpoint, the same tokens, one judge.
+    """
+
+
+@bench.add_command
+@_command(
+    "circuitpress bench quality path/to/checkpoint --text train.txt --test test.txt",
+    "circuitpress bench quality MODEL --peers hqq,gptqmodel --bits 3,4 --budget 3.2 --out runs/compared",
+)
+@click.argument("model")
+@click.option("--text", type=_FOLDER, help="Text that everybody calibrates on. Default: the one in circuitpress.")
+@click.option("--test", "tests", type=_FOLDER, multiple=True, help="Text to measure on; may be repeated.")
+@click.option("--peers", help="Comma-separated; `none` for none. Default: all that can run.")
+@click.option("--bits", default="2,3,4", show_default=True, help="Nominal widths of the peers, comma-separated.")
+@click.option(
+    "--groups", default="64,32", show_default=True, help="Group sizes of the peers, the first one everywhere."
+)
+@click.option("--budget", "budgets", type=float, multiple=True, help="Our bits per weight. Default: the best peers'.")
+@click.option("--recipe", type=_FOLDER, help="How our side compresses; its model and data are replaced.")
+@click.option("--samples", type=click.IntRange(8), default=128, show_default=True, help="Windows to calibrate on.")
+@click.option("--windows", type=click.IntRange(1), default=64, show_default=True, help="Windows of each test text.")
+@click.option("--length", type=click.IntRange(2), default=256, show_default=True, help="Tokens in a window.")
+@click.option("--cache", type=_FOLDER, help="Where the peers' environments lie. Default: $CIRCUITPRESS_PEERS.")
+@click.option("--out", type=_FOLDER, default=Path("runs/quality"), show_default=True, help="Results and finished work.")
+@_device
+def quality(console: Console, device: str | None, **options: Any) -> None:  # noqa: ARG001 (all run on the CPU)
+    """Compare with other compressors at equal bytes.
+
+    Installs each in an environment of its own, runs it, and judges everybody's weights with one evaluator. The same
+    command again judges what is done.
+    """
+    from .bench import compare_from_options
+
+    console.result(*compare_from_options(console, **options))
+
+
 def _device_override(device: str | None) -> list[str]:
     return [f"run.device={device}"] if device else []
 

@@ -28,11 +28,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save
 from torch import Tensor, nn
 
-from .anatomy import Block
+from .anatomy import Block, Matrix
 from .console import Advance, ignore
 from .files import write_bytes_atomic
 from .formats import parse
 from .hooks import weight_of
+from .outer import outer_batches, outer_path, price_outer
 from .quantize import Quantized, quantize_everywhere
 from .score.fisher import Flow, add_second_moment, output_gradients, pull, saliency, unit_effects
 from .segments import Granularity, groups_of
@@ -40,24 +41,31 @@ from .store import Store, return_freed_memory
 from .stream import Stream, backward, forward
 from .units import Group, Prices, Scores, UnitId
 
+KEPT_BYTES = 1 << 28
+"""Decoded changes of weights that are kept between micro-batches (256 MiB)."""
+
 
 def price(
     stream: Stream, windows: Tensor, *, formats: Sequence[str], granularity: Granularity = "matrix", draws: int = 1,
     seed: int = 0, neuron_block: int = 64, neuron_order: Mapping[int, NDArray[np.int64]] | None = None, folder: Path,
-    advance: Advance = ignore,
+    outer: Sequence[str] = (), advance: Advance = ignore,
 ) -> tuple[Scores, Prices]:  # fmt: skip
     """Prices every group of the model in every format, and scores every unit.
 
     `windows` int64 [n, length] are calibration tokens, `formats` complete format names, `draws` the number of label
     draws per token, `folder` the place of the per-block shards. `neuron_order` (by layer) makes unit-wise prices of two
-    texts comparable; by default neurons are sorted by their own scores. Returns Fisher scores and prices in nats per
-    predicted token. Raises CheckpointError for weights or activations that are not finite.
+    texts comparable; by default neurons are sorted by their own scores. Embedding and lm_head are priced in the formats
+    `outer` (`outer.load_outer` reads them). Returns Fisher scores and prices in nats per predicted token. Raises
+    CheckpointError for weights or activations that are not finite.
     """
     batches = stream.batches(windows)
-    hidden, gradients = stream.store("inputs"), stream.store("gradients")
+    hidden, gradients, finals = stream.store("inputs"), stream.store("gradients"), stream.store("finals")
+    outer = () if outer_path(folder).exists() else outer
     try:
         forward(stream, batches, hidden, keep=True, advance=lambda n, note: advance(n / 2, f"forward, {note}"))
         keys = output_gradients(stream, batches, hidden, gradients, draws=draws, seed=seed)
+        for b in range(outer_batches(batches) if outer else 0):
+            finals.put((0, b), hidden.get((stream.depth, b)))
 
         def visit(index: int, module: nn.Module, inputs: Callable[[int], Tensor]) -> None:
             place = stream.anatomy.blocks[index]
@@ -73,7 +81,10 @@ def price(
             advance(0.5, f"priced block {index}")
 
         backward(stream, hidden, len(batches), visit)
+        if outer:
+            price_outer(stream, batches, finals, gradients, formats=outer, draws=draws, seed=seed, folder=folder)
     finally:
+        finals.clear()
         hidden.clear()
         gradients.clear()
     return collect(stream, folder, formats, granularity, neuron_block=neuron_block)
@@ -112,8 +123,12 @@ def collect(
         with safe_open(shard_path(folder, place.index), framework="np") as file:
             notes |= json.loads(file.metadata()["notes"])
     scores = Scores("fisher", "gradient", tuple(units), np.concatenate(values), np.concatenate(stderr))
-    joined = {name: np.concatenate(arrays) for name, arrays in table.items()}
-    return scores, Prices(tuple(groups), tuple(formats), **joined, neuron_order=order, provenance={"fallbacks": notes})
+    nbytes, *nats = (np.concatenate(table[name]) for name in ("nbytes", "nats", "nats_sequence", "stderr"))
+    prices = Prices(
+        tuple(groups), tuple(formats), nbytes, *nats, neuron_order=order, provenance={"fallbacks": notes},
+        original_numel=stream.anatomy.original_numel,
+    )  # fmt: skip
+    return scores, prices
 
 
 class _BlockPricer:
@@ -196,7 +211,7 @@ class _BlockPricer:
                 index = torch.from_numpy(order)
                 weight = permute_neurons(matrix.role, weight, index)
                 hessian = permute_inputs(matrix.role, hessian, index)
-            rounded[matrix.module], note = quantize_everywhere(weight, hessian, formats)
+            rounded[matrix.module], note = quantize_everywhere(weight, hessian, formats, draft=True)
             if note:
                 notes[matrix.module] = note
         return rounded, notes
@@ -210,18 +225,25 @@ class _BlockPricer:
         sequence = np.zeros_like(token)
         index = None if order is None else torch.from_numpy(order)
         matrices = {matrix.module: matrix for matrix in self.place.matrices}
+        kept: dict[tuple[str, str], Tensor] = {}
+
+        def change_of(matrix: Matrix, form: str) -> Tensor:
+            """Q(W) - W in the compute type: decoded for every micro-batch but where there is room to keep it."""
+            if (change := kept.get((matrix.module, form))) is None:
+                weight = weight_of(self.module, self.place, matrix).float()
+                weight = weight if index is None else permute_neurons(matrix.role, weight, index)
+                change = (rounded[matrix.module][form].decode() - weight).to(self.stream.dtype)
+                if sum(tensor.nbytes for tensor in kept.values()) + change.nbytes <= KEPT_BYTES:
+                    kept[matrix.module, form] = change
+            return change
 
         def see(b: int, flows: Mapping[str, Flow]) -> None:
             rows = self.rows[b]
             for name, matrix in matrices.items():
                 mine = [(i, group) for i, group in enumerate(groups) if group.segments[0].module == name]
-                weight = weight_of(self.module, self.place, matrix).float()
-                flow = flows[name]
-                if index is not None:
-                    weight = permute_neurons(matrix.role, weight, index)
-                    flow = _permute_flow(matrix.role, flow, index)
+                flow = flows[name] if index is None else _permute_flow(matrix.role, flows[name], index)
                 for f, form in enumerate(formats):
-                    change = (rounded[name][form].decode() - weight).to(flow.x.dtype)
+                    change = change_of(matrix, form)
                     effect = _segment_effects(flow, change, [group for _, group in mine])
                     effect = effect.unflatten(0, (-1, self.length)).double().cpu().numpy()
                     for k, (i, _) in enumerate(mine):

@@ -1,16 +1,18 @@
 """Probes: whole plans and single changes whose price was frozen first and whose KL is then measured on held-out text.
 
-- A uniform probe rounds every matrix to one format. Additivity bends below three bits; the curve from predicted to
-  measured KL of these probes corrects the prediction of the plan.
+- A uniform probe rounds every matrix to one format; other plans can be probed beside them. Additivity bends below
+  three bits; the curve from predicted to measured KL of these probes corrects the prediction of the plan.
 - A single probe changes only one group to one format. It is the causal check of a price: the rank correlation and the
   ratio between prices and these measurements say how far the prices can be trusted on this model.
 
-All probes of a model are variants in one forward walk (score/variants.py).
+All probes of a model are variants in one forward walk (score/variants.py). Plans share the rounding of a matrix in a
+format, so a hundred plans round little more than one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,15 +21,20 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
-from .anatomy import Block
+from .anatomy import Matrix
 from .console import Advance, ignore
+from .formats import CastFormat, parse
 from .hooks import replace, weight_of
+from .outer import load_hessian, round_outer
 from .price import permute_inputs, permute_neurons
-from .quantize import quantize_everywhere
-from .rounding import block_hessians, decoded_in_place, round_block, segments_by_module
-from .score.variants import Edit, measure
+from .quantize import quantize_everywhere, quantize_matrix
+from .rounding import Entry, block_hessians, segments_by_module
+from .score.variants import Edit, Edits, measure
 from .stream import Stream
-from .units import Decision, Group, Prices, Probe
+from .units import OUTER, Axis, Decision, Group, Prices, Probe
+
+_Layout = tuple[Axis, tuple[Entry, ...]]
+"""How one matrix is stored: the axis of its segments, and their formats and spans."""
 
 
 def uniform_plan(prices: Prices, form: str) -> tuple[Decision, ...]:
@@ -41,24 +48,16 @@ def uniform_plan(prices: Prices, form: str) -> tuple[Decision, ...]:
 
 def probe(
     stream: Stream, *, calibration: Tensor, held_out: Tensor, prices: Prices, saliency: Path, formats: Sequence[str],
-    advance: Advance = ignore,
+    plans: Mapping[str, Sequence[Decision]] = MappingProxyType({}), polish: bool = True, advance: Advance = ignore,
 ) -> list[Probe]:  # fmt: skip
-    """Measures the uniform plans of `formats` on windows `held_out` int64 [n, length].
+    """Measures the uniform plans of `formats`, and other `plans` by label, on windows `held_out` int64 [n, length].
 
     `calibration` are the windows that were priced, `saliency` the folder of their shards.
     """
-    candidates = {f"uniform {form}": uniform_plan(prices, form) for form in formats}
-    count = len(stream.batches(calibration))
-
-    def edits(index: int, module: nn.Module, inputs: Callable[[int], Tensor]) -> Mapping[str, Edit]:
-        place = stream.anatomy.blocks[index]
-        hessians = block_hessians(stream, module, place, inputs, count, saliency)
-        rounded = _uniform_roundings(prices, module, place, hessians, formats)
-        return {
-            f"uniform {form}": partial(replace, module, weights, transposed=place.matrices[0].transposed)
-            for form, weights in rounded.items()
-        }
-
+    candidates = {f"uniform {form}": uniform_plan(prices, form) for form in formats} | dict(plans)
+    edits = plan_edits(
+        stream, candidates, calibration=calibration, saliency=saliency, orders=prices.neuron_order, polish=polish
+    )
     measured = measure(stream, held_out, edits, context=calibration, advance=advance)
     numel = stream.anatomy.linear_numel
     return [
@@ -72,23 +71,77 @@ def probe(
     ]
 
 
-def _uniform_roundings(
-    prices: Prices, module: nn.Module, place: Block, hessians: Mapping[str, Tensor], formats: Sequence[str]
-) -> dict[str, dict[str, Tensor]]:
-    """The weights of a block by format and local name. Whole matrices go to all formats in one pass."""
-    order = _order(prices.neuron_order, place.index)
-    groups = [group for group in prices.groups if group.layer == place.index]
-    result: dict[str, dict[str, Tensor]] = {form: {} for form in formats}
-    if any(segment.axis == "cols" for group in groups for segment in group.segments):
-        for form in formats:
-            layout = segments_by_module([Decision(group, form, 0, 0.0) for group in groups])
-            result[form] = decoded_in_place(round_block(module, place, layout, hessians, order), place, order)
-        return result
-    for matrix in place.matrices:
-        weight = weight_of(module, place, matrix).float()
-        rounded, _ = quantize_everywhere(weight, hessians[matrix.module], formats)
-        for form, quantized in rounded.items():
-            result[form][place.local(matrix)] = quantized.decode()
+def plan_edits(
+    stream: Stream, plans: Mapping[str, Sequence[Decision]], *, calibration: Tensor, saliency: Path,
+    orders: Mapping[int, NDArray[np.int64]], polish: bool = True,
+) -> Edits:  # fmt: skip
+    """Edits for `score.variants.measure`: each of `plans` (by label) as a variant; `calibration` is its context.
+
+    Decisions outside the blocks are for `outer_edits`. What several plans do to a matrix is rounded once. `saliency` is
+    the folder of the price shards, `orders` permutes the neurons of some layers (`Prices.neuron_order`). They are
+    rounded as `apply` rounds, with `polish`.
+    """
+    count = len(stream.batches(calibration))
+    layouts = {label: segments_by_module(decisions) for label, decisions in plans.items()}
+
+    def edits(index: int, module: nn.Module, inputs: Callable[[int], Tensor]) -> Mapping[str, Edit]:
+        place, order = stream.anatomy.blocks[index], _order(orders, index)
+        hessians = block_hessians(stream, module, place, inputs, count, saliency)
+        changes: dict[str, dict[str, Tensor]] = {label: {} for label in plans}
+        for matrix in place.matrices:
+            wanted = {label: _layout(layout[matrix.module]) for label, layout in layouts.items()}
+            weight, hessian = weight_of(module, place, matrix).float(), hessians.pop(matrix.module)
+            rounded = _round(matrix, weight, hessian, set(wanted.values()), order, polish=polish)
+            for label, layout in wanted.items():
+                changes[label][place.local(matrix)] = rounded[layout].to(stream.dtype)
+        transposed = place.matrices[0].transposed
+        return {label: partial(replace, module, change, transposed=transposed) for label, change in changes.items()}
+
+    return edits
+
+
+def outer_edits(stream: Stream, plans: Mapping[str, Sequence[Decision]], *, saliency: Path) -> dict[str, Edit]:
+    """Edits of embedding and lm_head for those of `plans` that change them; the others' decisions are passed over."""
+    rounded: dict[tuple[str, str], Tensor] = {}
+    result: dict[str, Edit] = {}
+    for label, decisions in plans.items():
+        change = {}
+        for decision in decisions:
+            if decision.group.layer != OUTER or isinstance(parse(decision.format), CastFormat):
+                continue
+            key = (decision.group.name, decision.format)
+            if key not in rounded:
+                weight, hessian = stream.outer_weight(key[0]), load_hessian(saliency, key[0]).to(stream.device)
+                rounded[key] = round_outer(weight, hessian, key[1]).decode().to(stream.dtype)
+            change[key[0]] = rounded[key]
+        if change:
+            result[label] = partial(stream.outer, change)
+    return result
+
+
+def _layout(found: tuple[str, list[Entry]]) -> _Layout:
+    return found[0], tuple(found[1])  # pyright: ignore[reportReturnType]
+
+
+def _round(
+    matrix: Matrix, weight: Tensor, hessian: Tensor, layouts: set[_Layout], order: Tensor | None, *, polish: bool
+) -> dict[_Layout, Tensor]:
+    """The decoded weights [rows, cols], in the model's order of neurons, of one matrix in each of `layouts`."""
+    if order is not None:
+        weight, hessian = permute_neurons(matrix.role, weight, order), permute_inputs(matrix.role, hessian, order)
+    # Whole matrices go to all their formats in one pass.
+    whole = {layout: layout[1][0][0] for layout in layouts if len(layout[1]) == 1}
+    formats = sorted(set(whole.values()))
+    everywhere = quantize_everywhere(weight, hessian, formats, polish=polish)[0] if whole else {}
+    result = {}
+    for layout in layouts:
+        axis, segments = layout
+        if layout in whole:
+            quantized = everywhere[whole[layout]]
+        else:
+            quantized = quantize_matrix(weight, hessian, axis, segments, polish=polish)
+        decoded = quantized.decode()
+        result[layout] = decoded if order is None else permute_neurons(matrix.role, decoded, torch.argsort(order))
     return result
 
 

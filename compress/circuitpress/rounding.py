@@ -64,11 +64,11 @@ def segments_by_module(decisions: Sequence[Decision]) -> dict[str, tuple[str, li
 
 def round_block(
     module: nn.Module, place: Block, plan: Mapping[str, tuple[str, list[Entry]]], hessians: Mapping[str, Tensor],
-    order: Tensor | None,
+    order: Tensor | None, *, polish: bool = True,
 ) -> dict[str, Quantized]:  # fmt: skip
     """Quantizes every matrix of a block as `plan` (from `segments_by_module`) says.
 
-    `order` permutes the layer's neurons first; the results are in that order.
+    `order` permutes the layer's neurons first; the results are in that order. `polish` improves codes after rounding.
     """
     result = {}
     for matrix in place.matrices:
@@ -77,7 +77,8 @@ def round_block(
         if order is not None:
             weight = permute_neurons(matrix.role, weight, order)
             hessian = permute_inputs(matrix.role, hessian, order)
-        result[matrix.module] = quantize_matrix(weight, hessian, axis, segments)  # pyright: ignore[reportArgumentType]
+        quantized = quantize_matrix(weight, hessian, axis, segments, polish=polish)  # pyright: ignore[reportArgumentType]
+        result[matrix.module] = quantized
     return result
 
 

@@ -14,7 +14,7 @@ not the recomputation, and it keeps no account of block inputs.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,38 @@ class Stream:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states [..., hidden] to logits [..., vocab] in float32."""
-        head = self._model.get_output_embeddings()  # pyright: ignore
-        return head(self._norm(hidden)).float()
+        return self.head(self.normed(hidden)).float()
+
+    def head(self, normed: Tensor) -> Tensor:
+        """States [..., hidden] after the final norm to logits [..., vocab], in the compute type."""
+        return self._model.get_output_embeddings()(normed)  # pyright: ignore
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Final hidden states [..., hidden] after the final norm: what lm_head reads."""
+        return self._norm(hidden)
+
+    def outer_weight(self, module: str) -> Tensor:
+        """The weights [vocab, hidden] of the embedding or of lm_head, by module name."""
+        weight = self._model.get_submodule(module).weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()
+
+    @contextlib.contextmanager
+    def outer(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Swaps embedding and lm_head (module name -> [vocab, hidden]); a tied matrix is swapped at both ends."""
+        ends = [self._model.get_input_embeddings(), self._model.get_output_embeddings()]  # pyright: ignore
+        old = [end.weight for end in ends]
+        try:
+            for name, weight in weights.items():
+                before = self._model.get_submodule(name).weight
+                new = nn.Parameter(weight.to(self.device, self.dtype), requires_grad=False)
+                for end in ends:
+                    if end.weight is before:
+                        end.weight = new
+            yield
+        finally:
+            for end, weight in zip(ends, old, strict=True):
+                end.weight = weight
 
     @contextlib.contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -185,7 +215,8 @@ def _materialise(
         if weights.stored_name(full) is None and module is model.get_output_embeddings():  # pyright: ignore
             module.weight = model.get_input_embeddings().weight  # pyright: ignore
         else:
-            value = weights.read(full).to(device, dtype)
+            packed = name == "weight" and weights.is_packed(path)
+            value = (weights.decode(path) if packed else weights.read(full)).to(device, dtype)
             module.register_parameter(name, nn.Parameter(value, requires_grad=False))
     if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
         fresh = type(module)(config=model.config)  # pyright: ignore

@@ -22,6 +22,8 @@ Kind = Literal["head", "kv_group", "neuron", "expert", "feature", "layer"]
 Axis = Literal["rows", "cols"]
 DROP = "drop"
 DENSE = "dense"
+OUTER = -1
+"""The layer of embedding and lm_head, which are outside the decoder blocks."""
 
 _UNIT = re.compile(r"L(\d+)\.([a-z_]+)\.(\d+)")
 
@@ -73,7 +75,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Group:
-    """Segments of one decoder block that share one decision; `units` are the parts that the decision touches."""
+    """Segments of one decoder block that share one decision; `units` are the parts that the decision touches.
+
+    `layer` is OUTER for embedding and lm_head; tied, they are one group, whose segment is the embedding's.
+    """
 
     name: str
     layer: int
@@ -128,7 +133,8 @@ class Prices:
     per predicted token (per-token Fisher: 1/2 mean over tokens of (g . dY)^2); `nats_sequence` keeps the covariance
     between positions of one sequence; `stderr` is the standard error of `nats` over sequences. An option that is not on
     offer has `nats` = inf. `neuron_order[layer]`, where present, is the permutation of that layer's neurons under which
-    the segments are contiguous. `provenance` holds model, data and settings.
+    the segments are contiguous. `provenance` holds model, data and settings. `original_numel` is the number of linear
+    weights before pruning, None where nothing was pruned: groups hold only what is left.
     """
 
     groups: tuple[Group, ...]
@@ -139,11 +145,22 @@ class Prices:
     stderr: NDArray[np.float64]
     neuron_order: dict[int, NDArray[np.int64]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    original_numel: int | None = None
 
     @property
     def numel(self) -> NDArray[np.int64]:
         """Number of weights of each group [n]."""
         return np.array([group.numel for group in self.groups], dtype=np.int64)
+
+    @property
+    def is_linear(self) -> NDArray[np.bool_]:
+        """Which groups [n] are linear weights of decoder blocks, and not embedding or lm_head."""
+        return np.array([group.layer != OUTER for group in self.groups], dtype=np.bool_)
+
+    @property
+    def linear_numel(self) -> int:
+        """Number of linear weights in decoder blocks before pruning: the denominator of bits per weight."""
+        return self.original_numel or int(self.numel[self.is_linear].sum())
 
     def column(self, name: str) -> int:
         """The index of format `name`; KeyError names the ones there are."""
@@ -158,6 +175,7 @@ class Prices:
         meta = {
             "formats": list(self.formats),
             "groups": [_group_to_json(group) for group in self.groups],
+            "original_numel": self.original_numel,
             "provenance": self.provenance,
         }
         _save(path, arrays, meta)
@@ -168,7 +186,8 @@ class Prices:
         arrays, meta = _load(path)
         order = {int(name.split(".")[1]): arrays.pop(name) for name in list(arrays) if name.startswith("neuron_order.")}
         groups = tuple(_group_from_json(entry) for entry in meta["groups"])
-        return cls(groups, tuple(meta["formats"]), **arrays, neuron_order=order, provenance=meta["provenance"])
+        rest = {name: meta[name] for name in ("provenance", "original_numel")}
+        return cls(groups, tuple(meta["formats"]), **arrays, neuron_order=order, **rest)
 
 
 @dataclass(frozen=True)
@@ -191,6 +210,7 @@ class Plan:
 
     `linear_bytes` are the bytes of all linear weights of the decoder blocks, `linear_numel` their number before
     compression (pruned weights stay in it), `other_bytes` those of everything else (embeddings, norms, lm_head).
+    `outer` decides on embedding and lm_head, empty where nobody priced them: they stay as they are.
     `predicted_kl` is the sum of the prices, `predicted_kl_corrected` that sum through the curve fitted on probes
     (None if nothing was probed), `bound_kl` a lower bound on what any plan within the budget could be predicted to
     cost.
@@ -207,6 +227,7 @@ class Plan:
     bound_kl: float
     neuron_order: dict[int, tuple[int, ...]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    outer: tuple[Decision, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -228,38 +249,36 @@ class Plan:
             "bound_kl": self.bound_kl,
             "provenance": self.provenance,
             "neuron_order": {str(layer): list(order) for layer, order in self.neuron_order.items()},
-            "decisions": [
-                _group_to_json(decision.group)
-                | {
-                    "format": decision.format,
-                    "bytes": decision.nbytes,
-                    "nats": decision.nats,
-                    "protected": decision.protected,
-                }
-                for decision in self.decisions
-            ],
+            "outer": [_decision_to_json(decision) for decision in self.outer],
+            "decisions": [_decision_to_json(decision) for decision in self.decisions],
         }
 
     def save(self, path: Path) -> None:
         """Writes plan.json with one decision a line."""
         document = self.to_json()
-        decisions = [json.dumps(entry) for entry in document.pop("decisions")]
-        head = json.dumps(document, indent=1)[:-2]
-        text = f'{head},\n "decisions": [\n  ' + ",\n  ".join(decisions) + "\n ]\n}\n"
+        lists = [(name, [json.dumps(entry) for entry in document.pop(name)]) for name in ("outer", "decisions")]
+        text = json.dumps(document, indent=1)[:-2]
+        for name, entries in lists:
+            text += f',\n "{name}": [' + (("\n  " + ",\n  ".join(entries) + "\n ]") if entries else "]")
+        text += "\n}\n"
         write_bytes_atomic(path, text.encode())
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """The inverse of `save`."""
         document = json.loads(path.read_text())
-        decisions = tuple(
-            Decision(_group_from_json(entry), entry["format"], entry["bytes"], entry["nats"], entry["protected"])
-            for entry in document["decisions"]
+        decisions, outer = (
+            tuple(
+                Decision(_group_from_json(entry), entry["format"], entry["bytes"], entry["nats"], entry["protected"])
+                for entry in document.get(key, [])
+            )
+            for key in ("decisions", "outer")
         )
         order = {int(layer): tuple(entry) for layer, entry in document["neuron_order"].items()}
         names = ("budget", "target", "linear_bytes", "linear_numel", "other_bytes", "predicted_kl")
         names += ("predicted_kl_corrected", "bound_kl", "provenance")
-        return cls(decisions=decisions, neuron_order=order, **{name: document[name] for name in names})
+        rest = {name: document[name] for name in names}
+        return cls(decisions=decisions, outer=outer, neuron_order=order, **rest)
 
 
 @dataclass(frozen=True)
@@ -278,6 +297,15 @@ def _group_to_json(group: Group) -> dict[str, Any]:
         "layer": group.layer,
         "segments": [asdict(segment) for segment in group.segments],
         "units": [str(unit) for unit in group.units],
+    }
+
+
+def _decision_to_json(decision: Decision) -> dict[str, Any]:
+    return _group_to_json(decision.group) | {
+        "format": decision.format,
+        "bytes": decision.nbytes,
+        "nats": decision.nats,
+        "protected": decision.protected,
     }
 
 

@@ -21,10 +21,12 @@ SETTINGS = {
     "plan.budget": "5bpw",
     "plan.formats": ["int2", "int4", "int8", "dense"],
     "plan.probes": ["int3", "int8"],
+    "plan.swaps": 12,
     "score.exact": 0.05,
     "run.device": "cpu",
 }
-WORK = ("price.price", "probe.exact", "probe.probe", "apply.apply", "evaluate.fidelity")
+WORK = ("price.price", "probe.exact", "probe.probe", "score.variants.measure_windows", "apply.apply")
+WORK += ("evaluate.fidelity",)
 
 MakeRecipe = Callable[..., Recipe]
 

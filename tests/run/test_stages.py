@@ -68,7 +68,7 @@ def test_a_finished_run_is_read_back_without_any_work(
     assert list(document["stages"]) == list(stages.NAMES)
 
 
-@pytest.mark.parametrize("stage", ["score", "exact", "probe", "apply", "evaluate", "report"])
+@pytest.mark.parametrize("stage", ["score", "exact", "probe", "swap", "apply", "evaluate", "report"])
 def test_an_interrupted_run_goes_on_and_ends_the_same(
     recipe: Recipe, finished: Path, tmp_path: Path, stage: str, console: Console, digests: Digests, forbid: Forbid
 ) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from circuitpress.hooks import gate, replace
-from circuitpress.score.variants import Edit, measure
+from circuitpress.score.variants import Edit, measure, measure_windows
 from circuitpress.stream import open_stream
 
 from ..whole import divergence, linears, load, tokens, weight
@@ -104,3 +104,43 @@ def test_what_the_walk_keeps_is_cleared(tiny_llama: Path, tmp_path: Path) -> Non
     with pytest.raises(RuntimeError, match="on purpose"):
         measure(stream, tokens(2, 4), fail)
     assert not list((tmp_path / "spill").glob("*"))
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
+def test_edits_outside_the_blocks(name: str, request: pytest.FixtureRequest) -> None:
+    """Embedding alone, lm_head alone and both (of a tied matrix all are one), beside a change in a block."""
+    folder, ids = request.getfixturevalue(name), tokens(5, 7)
+    stream, model = open_stream(folder, batch_tokens=14), load(folder)
+    modules = [matrix.module for matrix in stream.anatomy.outer]
+    new = {
+        module: stream.outer_weight(module) + noise(torch.Size((97, stream.anatomy.hidden)), 3) for module in modules
+    }
+    variants = {f"only {module}": [module] for module in modules} | {"all": modules}
+    outer = {label: partial(stream.outer, {module: new[module] for module in mine}) for label, mine in variants.items()}
+    up = stream.anatomy.blocks[1].role("up")
+    dense = weight(linears(model)[up.module])
+    changed_up = dense.float() + noise(dense.shape, 5)
+
+    def edits(index: int, module: nn.Module, _: Callable[[int], Tensor]) -> Mapping[str, Edit]:
+        local = stream.anatomy.blocks[index].local(up)
+        edit = partial(replace, module, {local: changed_up}, transposed=up.transposed)
+        return {"all": edit, "block": edit} if index == 1 else {}
+
+    measured = measure(stream, ids, edits, outer=outer)
+    each = measure_windows(stream, ids, edits, outer=outer)
+    assert set(measured) == set(each) == {*variants, "block"}
+    with torch.no_grad():
+        clean = model(ids).logits
+        for label, mine in (variants | {"block": []}).items():
+            old = {module: model.get_submodule(module).weight.clone() for module in mine}
+            for module in mine:
+                model.get_submodule(module).weight.copy_(new[module])
+            before = dense.clone()
+            if label in ("all", "block"):
+                dense.copy_(changed_up)
+            kl = divergence(clean, model(ids).logits)
+            dense.copy_(before)
+            for module in mine:
+                model.get_submodule(module).weight.copy_(old[module])
+            assert measured[label].kl == pytest.approx(float(kl.mean()), rel=1e-3), label
+            assert each[label] == pytest.approx(kl.mean(1).numpy(), rel=2e-3)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -45,17 +46,21 @@ class Tally:
             self.reference_loss += (-p.gather(1, index)[:, 0][known]).double().tolist()
         return self
 
+    def windows(self, per_window: int) -> NDArray[np.float64]:
+        """KL of each window, in nats per token; `per_window` is the number of `add` calls that made up a window."""
+        sums = np.array(self.kl).reshape(-1, per_window).sum(1)
+        return sums / (self.tokens / len(sums))
+
     def result(self, per_window: int) -> Divergence:
-        """The averages; `per_window` is the number of `add` calls that made up a window."""
-        windows = np.array(self.kl).reshape(-1, per_window).sum(1)
-        length = self.tokens / len(windows)
-        spread = windows.std(ddof=1) / np.sqrt(len(windows)) / length if len(windows) > 1 else np.inf
+        """The averages; `per_window` as in `windows`."""
+        windows = self.windows(per_window)
+        spread = windows.std(ddof=1) / np.sqrt(len(windows)) if len(windows) > 1 else np.inf
         with np.errstate(over="ignore"):
             perplexities = [
                 float(np.exp(np.mean(loss))) if loss else float("nan") for loss in (self.loss, self.reference_loss)
             ]
         return Divergence(
-            kl=float(windows.sum() / self.tokens),
+            kl=float(windows.mean()),
             kl_stderr=float(spread),
             top1_agreement=float(sum(self.agree) / self.tokens),
             perplexity=perplexities[0],

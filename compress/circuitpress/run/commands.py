@@ -77,7 +77,7 @@ def replan(
         session.folder.finish("plan", time.monotonic() - started)
         plan = load_plan(out)
         rows = json.loads((out / "pareto.json").read_text())
-        text = render_plan(plan, session.anatomy.file_bytes)
+        text = render_plan(plan, session.original_anatomy.file_bytes)
         document = plan.to_json()
         if front:
             text, document = f"{text}\n\n{render_front(rows)}", document | {"pareto": rows}
@@ -88,7 +88,7 @@ def apply_plan(out: Path, console: Console, *, device: str | None = None) -> Res
     """Writes the model of the folder's plan."""
     with _resumed(out, console, device=device) as session:
         _require(session, "score", "plan")
-        execute(session, ("apply",))
+        execute(session, ("swap", "apply"))
         plan = load_plan(out)
         model = out / "model"
         nbytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))

@@ -27,8 +27,9 @@ from ..files import write_bytes_atomic
 
 PROGRAM = "circuitpress"
 OURS = (
-    "manifest.json", "recipe.yaml", "run.log", "anatomy.json", "scores.safetensors", "scores.json",
-    "prices.safetensors", "prices.json", "pricing", "exact.json", "probes.json", "plan.json", "pareto.json", "shards",
+    "manifest.json", "recipe.yaml", "run.log", "anatomy.json", "prune.json", "pruned", "pruning",
+    "scores.safetensors", "scores.json", "prices.safetensors", "prices.json", "pricing", "exact.json", "probes.json",
+    "outer.safetensors", "outer.json", "swaps.json", "refine.json", "plan.json", "pareto.json", "shards",
     "spill", "model", "evaluate", "report.html",
 )  # fmt: skip
 """Everything that a run writes, except the lock."""

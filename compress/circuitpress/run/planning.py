@@ -4,20 +4,26 @@ No torch unless units are protected inside whole matrices, so that planning agai
 """
 
 import contextlib
+import hashlib
+import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ..errors import RecipeError
+from ..errors import InfeasibleBudget, RecipeError
 from ..files import write_bytes_atomic
-from ..plan import Curve, make_plan, pareto, thin
+from ..plan import Curve, Problem, make_plan, pareto, pose, solve, thin, write_plan
 from ..plan.constraints import rules
+from ..plan.outside import AUTO
 from ..recipe import Recipe
-from ..units import Plan, Prices, UnitId
+from ..units import Decision, Group, Plan, Prices, UnitId
+from ..widths import full_widths, narrow
 from .folder import clear
 
 if TYPE_CHECKING:
@@ -26,7 +32,7 @@ if TYPE_CHECKING:
 FRONT = 400
 """Points of the front that are kept: finer than a plot can show, and not 10 000 with unit-wise prices."""
 
-LATER = ("apply", "evaluate", "report")
+LATER = ("swap", "apply", "refine", "evaluate", "report")
 """Stages whose results hold for one plan only."""
 
 
@@ -36,12 +42,27 @@ def plan_and_front(session: "circuitpress.run.session.Session") -> tuple[Plan, l
     Raises InfeasibleBudget, and RecipeError for a protected unit that does not exist.
     """
     recipe = session.recipe.plan
-    prices = _cut_out(_on_offer(session.prices), session)
-    curve = Curve.fit(session.probes) if session.probes else None
-    plan = _solve(prices, session, curve)
-    masks = rules(prices, protect_patterns=recipe.protect, floors=recipe.floors)
+    prices = block_prices(session)
+    curve = correction(session)
+    problem = pose_problem(prices, session, session.outer)
+    plan = with_drops(write_plan(problem, solve(problem.prices, problem.constraints), curve=curve), session)
+    masks = rules(prices, protect_patterns=session.protect, floors=recipe.floors)
     front = thin(pareto(prices, curve=curve, constraints=masks), most=FRONT)
     return plan, [point.to_json() for point in front]
+
+
+def with_drops(plan: Plan, session: "circuitpress.run.session.Session") -> Plan:
+    """`plan` with the KL that pruning cost, as measured on held-out text, in its predictions: prices know only bits."""
+    if (pruned := session.pruned) is None:
+        return plan
+    kl, corrected = pruned["kl"], plan.predicted_kl_corrected
+    return replace(
+        plan,
+        predicted_kl=plan.predicted_kl + kl,
+        predicted_kl_corrected=None if corrected is None else corrected + kl,
+        bound_kl=plan.bound_kl + kl,
+        provenance=plan.provenance | {"pruned": pruned["widths"] | {"kl": kl}},
+    )
 
 
 def refuse_impossible(session: "circuitpress.run.session.Session") -> None:
@@ -50,28 +71,70 @@ def refuse_impossible(session: "circuitpress.run.session.Session") -> None:
     A stand-in price that falls with bytes makes the widest format the best one, as it is in every real table.
     """
     from ..formats import parse
+    from ..outer import outer_bytes, outer_groups
     from ..segments import groups_of
 
+    anatomy, widths = session.original_anatomy, session.least_widths
+    if widths != full_widths(anatomy):
+        if session.recipe.plan.protect:  # names of units would be those of the model that is not there yet
+            return
+        anatomy = narrow(anatomy, widths)
     formats = session.names(session.recipe.plan.formats)
     granularity = session.recipe.plan.granularity
-    groups = tuple(group for block in session.anatomy.blocks for group in groups_of(block, granularity))
+    groups = tuple(group for block in anatomy.blocks for group in groups_of(block, granularity))
     sizes = [[sum(parse(f).nbytes(s.rows, s.cols) for s in group.segments) for f in formats] for group in groups]
     nbytes = np.array(sizes, dtype=np.int64)
-    prices = Prices(groups, tuple(formats), nbytes, 1 / nbytes, 1 / nbytes, 1 / nbytes)
-    _solve(_cut_out(prices, session), session, None)
+    prices = replace(_stand_in(groups, formats, nbytes), original_numel=anatomy.original_numel)
+    menu = session.outer_menu()
+    outer = _stand_in(outer_groups(session.anatomy), menu, outer_bytes(outer_groups(session.anatomy), menu))
+    problem = pose_problem(_cut_out(prices, session), session, outer)
+    solve(problem.prices, problem.constraints)
 
 
-def _solve(prices: Prices, session: "circuitpress.run.session.Session", curve: Curve | None) -> Plan:
-    recipe = session.recipe.plan
-    return make_plan(
+def _stand_in(groups: Sequence[Group], formats: Sequence[str], nbytes: NDArray[np.int64]) -> Prices:
+    return Prices(tuple(groups), tuple(formats), nbytes, 1 / nbytes, 1 / nbytes, 1 / nbytes)
+
+
+def block_prices(session: "circuitpress.run.session.Session") -> Prices:
+    """The prices of decoder blocks as the plan needs them: formats on offer, protected units cut out."""
+    return _cut_out(_on_offer(session.prices), session)
+
+
+def correction(session: "circuitpress.run.session.Session") -> Curve | None:
+    """The curve through the session's probes; None without any."""
+    return Curve.fit(session.probes) if session.probes else None
+
+
+def pose_problem(prices: Prices, session: "circuitpress.run.session.Session", outer: Prices | None) -> Problem:
+    """What the recipe asks of the planner, for the tables of blocks and of embedding and lm_head."""
+    recipe, anatomy = session.recipe.plan, session.anatomy
+    fixed = recipe.outer if recipe.outer == AUTO else session.names([recipe.outer])[0]
+    return pose(
         prices,
         budget=recipe.budget,
         target=recipe.target,
-        protect=recipe.protect,
+        protect=session.protect,
         floors=recipe.floors,
-        other_bytes=session.anatomy.other_bytes + session.anatomy.header_bytes,
-        curve=curve,
+        other_bytes=anatomy.other_bytes + anatomy.header_bytes - (anatomy.outer_bytes if outer else 0),
+        outer=outer,
+        outer_format=fixed,
     )
+
+
+def front_plans(session: "circuitpress.run.session.Session") -> dict[str, tuple[Decision, ...]]:
+    """The best plans of the sizes among the recipe's probes, by label.
+
+    A size below the smallest plan is left out, and so is one that no more bytes can improve on.
+    """
+    prices, result = _on_offer(session.prices), {}
+    for size in session.recipe.plan.probes:
+        if not size.endswith("bpw"):
+            continue
+        with contextlib.suppress(InfeasibleBudget):
+            decisions = make_plan(prices, budget=size, other_bytes=0).decisions
+            if decisions not in result.values():
+                result[f"plan {size}"] = decisions
+    return result
 
 
 def plan_again(session: "circuitpress.run.session.Session", recipe: Recipe) -> None:
@@ -85,15 +148,30 @@ def plan_again(session: "circuitpress.run.session.Session", recipe: Recipe) -> N
     except Exception:
         session.recipe = before
         raise
-    path, folder = session.path / "plan.json", session.folder
-    if not path.exists() or Plan.load(path).to_json() != plan.to_json():
+    folder = session.folder
+    if not _is_present(session.path, plan):
         folder.forget("plan", *LATER)
-        clear(session.path, ("shards", "model", "evaluate", "report.html"))
-    plan.save(path)
+        clear(session.path, ("swaps.json", "shards", "model", "refine.json", "evaluate", "report.html"))
+        plan.save(session.path / "plan.json")
     session.write("pareto.json", front)
     write_bytes_atomic(session.path / "recipe.yaml", recipe.to_yaml().encode())
     folder.fingerprints |= {f"recipe.{key}": value for key, value in recipe.flatten().items()}
     folder.save()
+
+
+def digest_plan(plan: Plan) -> str:
+    """A digest of everything in a plan."""
+    return hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+def _is_present(path: Path, plan: Plan) -> bool:
+    """Whether the run folder at `path` holds `plan`, or what measured swaps made of it."""
+    if not (path / "plan.json").exists():
+        return False
+    if Plan.load(path / "plan.json").to_json() == plan.to_json():
+        return True
+    swaps = path / "swaps.json"
+    return swaps.exists() and json.loads(swaps.read_text())["plan"] == digest_plan(plan)
 
 
 def _on_offer(prices: Prices) -> Prices:
@@ -109,7 +187,7 @@ def _cut_out(prices: Prices, session: "circuitpress.run.session.Session") -> Pri
     if session.recipe.plan.granularity != "matrix":
         return prices
     units: list[UnitId] = []
-    for pattern in session.recipe.plan.protect:
+    for pattern in session.protect:
         with contextlib.suppress(ValueError):  # a layer, a module or a pattern
             units.append(UnitId.parse(pattern))
         if re.search(r"[*?\[]", pattern) and re.search(r"\.(head|kv_group|neuron)\.", pattern):

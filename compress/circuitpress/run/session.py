@@ -5,15 +5,17 @@ import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..anatomy import Anatomy, read_anatomy
 from ..checkpoint import resolve_checkpoint
 from ..console import Console
 from ..files import write_bytes_atomic
 from ..recipe import Recipe
-from ..units import Prices, Probe
+from ..units import DROP, Prices, Probe
+from ..widths import Widths, full_widths, heads_can_leave, kept
 from .folder import RunFolder
+from .protect import translate
 
 if TYPE_CHECKING:
     # Whole modules, and dotted names below, so that a checker of types at run time can follow them too.
@@ -32,6 +34,15 @@ class Session:
         self.folder = folder
         self.recipe = recipe
         self.console = console
+        self._anatomies: dict[Path, Anatomy] = {}
+        self._streams: dict[Path, Any] = {}
+
+    def branch(self, name: str) -> "Session":
+        """A session on a folder inside this one that shares texts and the original: for a candidate."""
+        other = Session(RunFolder(self.path / name), self.recipe, self.console)
+        vars(other)["windows"] = self.windows
+        other._streams[self.checkpoint] = self.original
+        return other
 
     @property
     def path(self) -> Path:
@@ -43,20 +54,46 @@ class Session:
         """The local folder of the model."""
         return resolve_checkpoint(self.recipe.model)
 
-    @cached_property
+    @property
+    def working(self) -> Path:
+        """The checkpoint that is priced and rounded: what pruning left, or the original."""
+        pruned = self.path / "pruned"
+        return pruned if (pruned / "config.json").exists() else self.checkpoint
+
+    @property
     def anatomy(self) -> Anatomy:
-        """The model's parts."""
-        return read_anatomy(self.checkpoint)
+        """The parts of the checkpoint that is priced and rounded."""
+        return self._anatomy_of(self.working)
+
+    @property
+    def original_anatomy(self) -> Anatomy:
+        """The parts of the original model."""
+        return self._anatomy_of(self.checkpoint)
+
+    def _anatomy_of(self, folder: Path) -> Anatomy:
+        if folder not in self._anatomies:
+            self._anatomies[folder] = read_anatomy(folder)
+        return self._anatomies[folder]
 
     @cached_property
     def device(self) -> str:
         """Where passes run."""
         return choose_device(self.recipe.run.device)
 
-    @cached_property
+    @property
     def stream(self) -> "circuitpress.stream.Stream":
-        """The original model."""
-        return self.open(self.checkpoint)
+        """The checkpoint that is priced and rounded."""
+        return self._stream_of(self.working)
+
+    @property
+    def original(self) -> "circuitpress.stream.Stream":
+        """The original model: what results are compared with."""
+        return self._stream_of(self.checkpoint)
+
+    def _stream_of(self, folder: Path) -> "circuitpress.stream.Stream":
+        if folder not in self._streams:
+            self._streams[folder] = self.open(folder)
+        return self._streams[folder]
 
     def open(self, folder: Path) -> "circuitpress.stream.Stream":
         """Another model, in the run's device and precision."""
@@ -100,19 +137,56 @@ class Session:
         )  # fmt: skip
 
     def names(self, formats: Sequence[str]) -> list[str]:
-        """Complete format names, without repetition."""
+        """Complete format names, without repetition and without `drop`, which is no format of a weight."""
         import torch
 
         from ..formats import resolve
 
         dtype = getattr(torch, self.anatomy.dtype)
         group = self.recipe.quantize.group_size
-        return list(dict.fromkeys(resolve(name, group_size=group, dtype=dtype) for name in formats))
+        return list(dict.fromkeys(resolve(name, group_size=group, dtype=dtype) for name in formats if name != DROP))
+
+    @property
+    def least_widths(self) -> Widths:
+        """The widths of the narrowest model that the recipe admits."""
+        full, asked = full_widths(self.original_anatomy), self.recipe.prune
+        if DROP in self.recipe.plan.formats:
+            return Widths(1, 1 if heads_can_leave(self.original_anatomy) else full.kv_groups)
+        return Widths(kept(full.neurons, asked.neurons), kept(full.kv_groups, asked.kv_groups))
+
+    @property
+    def pruned(self) -> dict[str, Any] | None:
+        """What prune.json says of the units that left; None if all are there."""
+        path = self.path / "prune.json"
+        document = json.loads(path.read_text()) if path.exists() else {}
+        return document if document.get("widths") else None
+
+    @property
+    def protect(self) -> tuple[str, ...]:
+        """The recipe's protected parts, by the names that they have in the checkpoint that is priced and rounded."""
+        patterns = self.recipe.plan.protect
+        if not patterns or (pruned := self.pruned) is None:
+            return patterns
+        stay = {int(layer): kinds for layer, kinds in pruned["stay"].items()}
+        return translate(patterns, self.original_anatomy, stay)
 
     @cached_property
     def prices(self) -> Prices:
         """The prices that the score stage saved."""
         return Prices.load(self.path / "prices.safetensors")
+
+    @cached_property
+    def outer(self) -> Prices | None:
+        """The prices of embedding and lm_head; None if they were not priced."""
+        path = self.path / "outer.safetensors"
+        return Prices.load(path) if path.exists() else None
+
+    def outer_menu(self) -> list[str]:
+        """Complete names of the formats that embedding and lm_head are priced in."""
+        from ..menu import OUTER_MENU
+
+        named = self.recipe.plan.outer
+        return self.names([*OUTER_MENU, *([] if named == "auto" else [named])])
 
     @cached_property
     def probes(self) -> list[Probe]:

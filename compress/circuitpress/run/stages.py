@@ -1,15 +1,18 @@
 """The stages of a run, in order; each reads what earlier ones wrote and writes its own files into the run folder.
 
-    check -> score -> exact -> probe -> plan -> apply -> evaluate -> report
+    check -> prune -> score -> exact -> probe -> plan -> swap -> apply -> refine -> evaluate -> report
 
 | stage | writes | what it does |
 |---|---|---|
 | check | anatomy.json | places every matrix; needs headers only |
-| score | scores, prices, pricing/ | Fisher scores and the price of every group in every format |
+| prune | prune.json, pruned/ | removes neurons and KV groups, if the recipe asks; the next stages work on the rest |
+| score | scores, prices, outer, pricing/ | Fisher scores and the price of every group in every format |
 | exact | exact.json | changes single groups and measures, to say how far prices can be trusted |
-| probe | probes.json | measures uniform plans, to correct the additive prediction |
+| probe | probes.json | measures other plans, to correct the additive prediction |
 | plan | plan.json, pareto.json | spends the budget |
+| swap | swaps.json, plan.json | measures plans around it and takes better ones |
 | apply | shards/, model/ | rounds, packs, writes the model |
+| refine | refine.json, model/ | learns codes, scales and norms together, if the recipe asks for steps |
 | evaluate | evaluate/fidelity.json | KL, top-1 and perplexity against the original, on text that nothing else saw |
 | report | report.html | one page for people |
 
@@ -26,8 +29,10 @@ from ..errors import QualityGateMissed
 from ..recipe import Recipe
 from ..units import Plan, Probe
 from .folder import full_disk_is_an_error
-from .planning import plan_again
+from .planning import front_plans, plan_again
+from .pruning import prune_model
 from .session import Session
+from .swapping import swap
 
 EXACT_WINDOWS = 16
 """Windows for single changes: there are many of them, and their rank needs less precision than the probes' KL."""
@@ -57,18 +62,24 @@ def execute(session: Session, names: Sequence[str]) -> None:
 
 
 def _check(session: Session) -> None:
-    session.write("anatomy.json", session.anatomy.to_json())
+    session.write("anatomy.json", session.original_anatomy.to_json())
+
+
+def _prune(session: Session) -> None:
+    prune_model(session, _score, _apply)
 
 
 def _score(session: Session) -> None:
+    from ..outer import load_outer
     from ..price import price
 
     recipe, (calibration, held_out, test) = session.recipe, session.windows
-    formats = session.names([*recipe.plan.formats, *recipe.plan.probes])
+    formats = session.names([*recipe.plan.formats, *_uniform(recipe)])
     with session.console.progress("score", len(session.anatomy.blocks)) as advance:
         scores, prices = price(
             session.stream, calibration.ids, formats=formats, granularity=recipe.plan.granularity,
-            draws=recipe.score.draws, seed=recipe.data.seed, folder=session.path / "pricing", advance=advance,
+            draws=recipe.score.draws, seed=recipe.data.seed, folder=session.path / "pricing",
+            outer=session.outer_menu(), advance=advance,
         )  # fmt: skip
     provenance = {
         "model": recipe.model,
@@ -79,6 +90,8 @@ def _score(session: Session) -> None:
         "offered": session.names(recipe.plan.formats),
         "draws": recipe.score.draws,
     }
+    if outer := load_outer(session.anatomy, session.path / "pricing"):
+        outer.save(session.path / "outer.safetensors")
     replace(scores, provenance=scores.provenance | provenance).save(session.path / "scores.safetensors")
     replace(prices, provenance=prices.provenance | provenance).save(session.path / "prices.safetensors")
 
@@ -87,7 +100,7 @@ def _exact(session: Session) -> None:
     from ..probe import choose_singles, exact
 
     recipe, (calibration, held_out, _) = session.recipe, session.windows
-    formats = session.names(recipe.plan.probes or recipe.plan.formats)
+    formats = session.names(_uniform(recipe) or recipe.plan.formats)
     singles = choose_singles(session.prices, formats, recipe.score.exact, seed=recipe.data.seed)
     document: dict[str, Any] = {"rows": [], "spearman": None, "median_ratio": None}
     if singles:
@@ -103,19 +116,24 @@ def _probe(session: Session) -> None:
     from ..probe import probe
 
     calibration, held_out, _ = session.windows
-    formats = session.names(session.recipe.plan.probes)
+    formats, plans = session.names(_uniform(session.recipe)), front_plans(session)
     probes: list[Probe] = []
-    if formats:
+    if formats or plans:
         with session.console.progress("probe", len(session.anatomy.blocks)) as advance:
             probes = probe(
                 session.stream, calibration=calibration.ids, held_out=held_out.ids, prices=session.prices,
-                saliency=session.path / "pricing", formats=formats, advance=advance,
+                saliency=session.path / "pricing", formats=formats, plans=plans,
+                polish=session.recipe.quantize.polish, advance=advance,
             )  # fmt: skip
     session.write("probes.json", [asdict(entry) for entry in probes])
 
 
 def _plan(session: Session) -> None:
     plan_again(session, session.recipe)
+
+
+def _swap(session: Session) -> None:
+    swap(session)
 
 
 def _apply(session: Session) -> None:
@@ -126,8 +144,14 @@ def _apply(session: Session) -> None:
     with session.console.progress("apply", len(session.anatomy.blocks)) as advance:
         apply(
             session.stream, plan, calibration.ids, saliency=session.path / "pricing", shards=session.path / "shards",
-            out=session.path / "model", advance=advance,
+            out=session.path / "model", polish=session.recipe.quantize.polish, advance=advance,
         )  # fmt: skip
+
+
+def _refine(session: Session) -> None:
+    from .refining import refine_model
+
+    refine_model(session)
 
 
 def _evaluate(session: Session) -> None:
@@ -136,7 +160,7 @@ def _evaluate(session: Session) -> None:
     _, _, test = session.windows
     model = session.open(session.path / "model")
     with session.console.progress("evaluate", 2 * len(session.anatomy.blocks)) as advance:
-        result = fidelity(model, session.stream, test.ids, advance=advance)
+        result = fidelity(model, session.original, test.ids, advance=advance)
     session.write("evaluate/fidelity.json", result.to_json() | {"text": test.describe()})
 
 
@@ -148,15 +172,23 @@ def _report(session: Session) -> None:
 
 STAGES = (
     Stage("check", _check, ("anatomy.json",)),
+    Stage("prune", _prune, ("prune.json",)),
     Stage("score", _score, ("scores.safetensors", "prices.safetensors")),
     Stage("exact", _exact, ("exact.json",)),
     Stage("probe", _probe, ("probes.json",)),
     Stage("plan", _plan, ("plan.json", "pareto.json")),
+    Stage("swap", _swap, ("swaps.json", "plan.json")),
     Stage("apply", _apply, ("model/config.json",)),
+    Stage("refine", _refine, ("refine.json",)),
     Stage("evaluate", _evaluate, ("evaluate/fidelity.json",)),
     Stage("report", _report, ("report.html",)),
 )
 NAMES = tuple(stage.name for stage in STAGES)
+
+
+def _uniform(recipe: Recipe) -> list[str]:
+    """The probes that are formats, and not sizes of plans."""
+    return [name for name in recipe.plan.probes if not name.endswith("bpw")]
 
 
 def check_gates(recipe: Recipe, fidelity: dict[str, Any]) -> None:

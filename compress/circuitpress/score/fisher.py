@@ -50,27 +50,37 @@ def output_gradients(
         for draw in range(draws):
             gradient = torch.empty_like(states)
             for row in range(ids.shape[0]):
-                generator = torch.Generator().manual_seed((seed * 1_000_003 + sequence + row) * 1009 + draw)
-                uniform = torch.rand(ids.shape[1], generator=generator, dtype=torch.float64)
-                gradient[row] = _sequence_gradient(stream, states[row], uniform.to(stream.device))
+                uniform = label_noise(seed, sequence + row, draw, ids.shape[1]).to(stream.device)
+                gradient[row] = _sequence_gradient(stream, states[row], uniform)
             gradients.put((b, draw), gradient)
             keys.append((b, draw))
         sequence += ids.shape[0]
     return keys
 
 
+def label_noise(seed: int, sequence: int, draw: int, length: int) -> Tensor:
+    """The uniform numbers float64 [length] that choose the labels of one sequence in one draw."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + sequence) * 1009 + draw)
+    return torch.rand(length, generator=generator, dtype=torch.float64)
+
+
+def draw_labels(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Labels int64 [n] from the softmax of `logits` [n, vocab], by inverting its distribution at `uniform` [n]."""
+    steps = logits.detach().softmax(-1).double().cumsum(-1)
+    return torch.searchsorted(steps, uniform[:, None] * steps[:, -1:]).clamp(max=logits.shape[-1] - 1)[:, 0]
+
+
 def _sequence_gradient(stream: Stream, states: Tensor, uniform: Tensor) -> Tensor:
-    """Gradient [length, hidden] for one sequence whose labels are drawn by inverting the softmax's distribution."""
+    """Gradient [length, hidden] for one sequence, its labels drawn from the model itself."""
     pieces = []
     step = max(1, LOGIT_CHUNK // stream.anatomy.vocab)
     for part, u in zip(states.split(step), uniform.split(step), strict=True):
         leaf = part.detach().requires_grad_(True)
         with torch.enable_grad():
             logits = stream.logits(leaf)
-        steps = logits.detach().softmax(-1).double().cumsum(-1)
-        labels = torch.searchsorted(steps, u[:, None] * steps[:, -1:]).clamp(max=logits.shape[-1] - 1)
+        labels = draw_labels(logits, u)
         with torch.enable_grad():
-            loss = torch.nn.functional.cross_entropy(logits, labels[:, 0], reduction="sum")
+            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
         pieces.append(torch.autograd.grad(loss, leaf)[0])
     return torch.cat(pieces)
 

@@ -1,14 +1,18 @@
 """Interventions measured exactly: the KL between a model and many variants of it, in one walk.
 
-A variant differs from the model in some blocks (rounded weights, a closed head). All of them walk up together while a
-block is resident: up to its first change a variant shares the model's states, after it its own states are carried on.
-One pass over the weights thus measures any number of interventions, also on a model that does not fit in memory.
+A variant differs from the model in some blocks (rounded weights, a closed head) or outside them (rounded embeddings).
+All of them walk up together while a block is resident: up to its first change a variant shares the model's states,
+after it its own states are carried on. One pass over the weights thus measures any number of interventions, also on a
+model that does not fit in memory.
 """
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..console import Advance, ignore
@@ -21,20 +25,40 @@ Edit = Callable[[], AbstractContextManager[None]]
 Edits = Callable[[int, nn.Module, Callable[[int], Tensor]], Mapping[str, Edit]]
 """For block i: the edits of all variants that change it; its third argument gives the inputs of the context batches."""
 
+NOTHING: Mapping[str, Edit] = MappingProxyType({})
 
-@torch.no_grad()
+
 def measure(
-    stream: Stream, windows: Tensor, edits: Edits, *, context: Tensor | None = None, advance: Advance = ignore
-) -> dict[str, Divergence]:
+    stream: Stream, windows: Tensor, edits: Edits, *, outer: Mapping[str, Edit] = NOTHING,
+    context: Tensor | None = None, advance: Advance = ignore,
+) -> dict[str, Divergence]:  # fmt: skip
     """The divergence of every variant from the model on `windows` int64 [n, length].
 
-    `context` are further windows whose block inputs `edits` may look at (calibration text); they are walked through the
-    unchanged model only.
+    `outer` are the edits of variants that change embeddings or lm_head. `context` are further windows whose block
+    inputs `edits` may look at (calibration text); they are walked through the unchanged model only.
     """
+    tallies, pieces = _walk(stream, windows, edits, outer, context, advance)
+    return {name: tally.result(pieces) for name, tally in tallies.items()}
+
+
+def measure_windows(
+    stream: Stream, windows: Tensor, edits: Edits, *, outer: Mapping[str, Edit] = NOTHING,
+    context: Tensor | None = None, advance: Advance = ignore,
+) -> dict[str, NDArray[np.float64]]:  # fmt: skip
+    """The KL of every variant on each window [n], in nats per token: what paired comparisons need. As `measure`."""
+    tallies, pieces = _walk(stream, windows, edits, outer, context, advance)
+    return {name: tally.windows(pieces) for name, tally in tallies.items()}
+
+
+@torch.no_grad()
+def _walk(
+    stream: Stream, windows: Tensor, edits: Edits, outer: Mapping[str, Edit], context: Tensor | None, advance: Advance
+) -> tuple[dict[str, Tally], int]:
+    """A tally for every variant, and how many `add` calls made up a window."""
     batches = stream.batches(windows)
     extra = [] if context is None else stream.batches(context)
     base, own = stream.store("variants-base"), stream.store("variants")
-    alive: dict[str, int] = {}
+    alive: dict[str, None] = {}
 
     def visit(index: int, module: nn.Module, inputs: Callable[[int], Tensor]) -> None:
         changed = edits(index, module, lambda b: inputs(len(batches) + b))
@@ -43,9 +67,14 @@ def measure(
                 for b in range(len(batches)):
                     hidden = own.get((name, b), stream.device) if name in alive else inputs(b)
                     own.put((name, b), stream.run(index, module, hidden))
-            alive[name] = index
+            alive[name] = None
 
     try:
+        for name, edit in outer.items():
+            with edit():
+                for b, ids in enumerate(batches):
+                    own.put((name, b), stream.embed(ids))
+            alive[name] = None
         forward(stream, [*batches, *extra], base, visit=visit, advance=advance)
         tallies = {name: Tally() for name in alive}
         step = max(1, (1 << 22) // stream.anatomy.vocab)
@@ -56,9 +85,10 @@ def measure(
                     span = slice(at, at + step)
                     reference = stream.logits(hidden[row, span])
                     for name, tally in tallies.items():
-                        changed = stream.logits(own.get((name, b), stream.device)[row, span])
+                        with outer.get(name, nullcontext)():
+                            changed = stream.logits(own.get((name, b), stream.device)[row, span])
                         tally.add(reference, changed, labels[span].to(reference.device))
-        return {name: tally.result(-(-windows.shape[1] // step)) for name, tally in tallies.items()}
+        return tallies, -(-windows.shape[1] // step)
     finally:
         base.clear()
         own.clear()
