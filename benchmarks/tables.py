@@ -13,6 +13,8 @@ from typing import Any
 import click
 import numpy as np
 
+from circuitpress.bench import cells
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 Rows = list[dict[str, Any]]
@@ -40,9 +42,33 @@ def fill(text: str) -> str:
 
 
 def quality() -> str:
-    """Our plan against the controls at the bytes of the uniform plans."""
-    lines = []
+    """Our models beside the best peers at no more bytes, one line for each checkpoint, text and band of bits."""
     rows = _rows("quality.json")
+    if rows and "error" not in rows[0]:
+        return _against_uniform(rows)
+    lines = []
+    for cell in cells(rows):
+        if cell.best is None:
+            continue
+        ours = "" if cell.ours_kl is None else f"**{cell.ours_kl:.4g}** at {cell.ours_bits:.2f}"
+        ratios = [f"{value:.2f}" if value is not None else "" for value in (cell.ratio, cell.worst)]
+        best = f"{cell.best}: {cell.best_kl:.4g} at {cell.best_bits:.2f}"
+        lines.append([cell.checkpoint, cell.text, f"{cell.band[0]:g} to {cell.band[1]:g}", best, ours, *ratios])
+    head = [
+        "checkpoint",
+        "text",
+        "bits",
+        "best peer: KL at real bits",
+        "circuitpress",
+        "ratio",
+        "worst against any peer",
+    ]
+    return _table(head, lines)
+
+
+def _against_uniform(rows: Rows) -> str:
+    """The table of results that were made before peers were measured."""
+    lines = []
     for checkpoint, budget in _keys(rows, "checkpoint", "budget"):
         kl = {
             method: _mean(rows, "kl", checkpoint=checkpoint, budget=budget, method=method)
