@@ -44,8 +44,6 @@ def fill(text: str) -> str:
 def quality() -> str:
     """Our models beside the best peers at no more bytes, one line for each checkpoint, text and band of bits."""
     rows = _rows("quality.json")
-    if rows and "error" not in rows[0]:
-        return _against_uniform(rows)
     lines = []
     for cell in cells(rows):
         if cell.best is None:
@@ -66,21 +64,45 @@ def quality() -> str:
     return _table(head, lines)
 
 
-def _against_uniform(rows: Rows) -> str:
-    """The table of results that were made before peers were measured."""
+def steps() -> str:
+    """KL of the full method and without each of its steps."""
+    rows = _rows("steps.json")
+    budgets = [budget for (budget,) in _keys(rows, "budget")]
     lines = []
-    for checkpoint, budget in _keys(rows, "checkpoint", "budget"):
-        kl = {
-            method: _mean(rows, "kl", checkpoint=checkpoint, budget=budget, method=method)
-            for method in ("circuitpress", "control:uniform", "control:nearest")
-        }
-        bits = _mean(rows, "bits_per_weight", checkpoint=checkpoint, budget=budget, method="control:uniform")
-        ours, gptq, nearest = kl.values()
-        lines.append(
-            [checkpoint, f"{budget} ({bits:.2f} bits)", f"**{ours:.4g}** ({_change(ours, gptq)})", f"{gptq:.4g}"]
-            + [f"{nearest:.4g}"]
-        )
-    return _table(["checkpoint", "bytes of uniform", "circuitpress", "uniform GPTQ", "round-to-nearest"], lines)
+    for checkpoint, method in _keys(rows, "checkpoint", "method"):
+        cells = []
+        for budget in budgets:
+            mine, full = (
+                _mean(rows, "kl", checkpoint=checkpoint, budget=budget, method=name) for name in (method, "full")
+            )
+            change = "" if method == "full" else f" ({_change(mine, full)})"
+            cells.append("" if np.isnan(mine) else f"{mine:.4g}{change}")
+        lines.append([checkpoint, method, *cells])
+    return _table(["checkpoint", "method", *budgets], lines)
+
+
+def pruning() -> str:
+    """Which units leave: our selection beside magnitude and Wanda, all compensated."""
+    rows = [row for row in _rows("pruning.json") if row["part"] == "selection"]
+    methods = ("circuitpress", "control:wanda", "control:magnitude", "control:random", "circuitpress, not compensated")
+    lines = []
+    for checkpoint, what, fraction in _keys(rows, "checkpoint", "what", "fraction"):
+        kl = [_mean(rows, "kl", checkpoint=checkpoint, what=what, fraction=fraction, method=name) for name in methods]
+        left = _mean(rows, "weights_left", checkpoint=checkpoint, what=what, fraction=fraction)
+        lines.append([checkpoint, f"{fraction:.0%} of {what}", f"{left:.1%}", *(f"{value:.4g}" for value in kl)])
+    head = ["checkpoint", "what leaves", "weights left", "circuitpress", "Wanda", "magnitude", "random"]
+    return _table([*head, "not compensated"], lines)
+
+
+def calibration() -> str:
+    """KL at 3 bits over the number of calibration tokens, and over their source."""
+    rows = [row for row in _rows("calibration.json") if row["budget"] == "3.0bpw"]
+    lines = [
+        [checkpoint, source, f"{tokens:,}", test, f"{_mean(rows, 'kl', **key):.4g}"]
+        for checkpoint, source, tokens, test in sorted(_keys(rows, "checkpoint", "calibration", "tokens", "test"))
+        for key in [{"checkpoint": checkpoint, "calibration": source, "tokens": tokens, "test": test}]
+    ]
+    return _table(["checkpoint", "calibrated on", "tokens", "tested on", "KL at 3.0 bits"], lines)
 
 
 def prediction() -> str:
@@ -166,6 +188,9 @@ def memory() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "quality": quality,
+    "steps": steps,
+    "pruning": pruning,
+    "calibration": calibration,
     "prediction": prediction,
     "exact": exact,
     "granularity": granularity,

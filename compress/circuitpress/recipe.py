@@ -138,8 +138,9 @@ class Plan(_Section):
     probes: tuple[ProbeName, ...] = PROBES
     """Plans that are measured to correct the additive prediction: sizes (2.5bpw, the best plan of that size) and
     formats (int3, all matrices in it); empty for none."""
-    swaps: int = Field(default=60, ge=0)
-    """Plans around the optimum that are measured to find better ones than prices alone can; 0 for none."""
+    swaps: int = Field(default=40, ge=0)
+    """Plans around the optimum that are measured to find better ones than prices alone can; 0 for none. About as long
+    as scoring; 5 to 7 % less KL below 3 bits, about 1 % above (stories260K, babyllama-105)."""
 
 
 class Prune(_Section):

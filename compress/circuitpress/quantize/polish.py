@@ -14,7 +14,8 @@ sweep goes through the columns group by group:
 3. The group's total change reaches the columns still to come in one matrix product.
 
 Rows do not influence each other: those of which no code changed in a sweep are finished and drop out. H is damped as
-in GPTQ. On stories260K and babyllama-105 at 2, 3 and 4 bits the error falls by 19, 11 and 5 %; codes alone by 17, 9, 4.
+in GPTQ. Uniform plans in groups of 64 at 2, 3 and 4 bits lose 13, 8 and 5 % of their KL on stories260K, and 26, 10 and
+6 % on babyllama-105, for 2.4 times the rounding time.
 """
 
 from abc import ABC, abstractmethod
@@ -28,7 +29,8 @@ DAMPING = 0.01
 """Share of the mean diagonal of H that is added to the diagonal, as in GPTQ."""
 
 SWEEPS = 3
-"""Sweeps over the columns at most."""
+"""Sweeps over the columns at most. The weighted error of babyllama-105 at 2 bits after 1, 2, 3, 4 and 6 is 87, 83, 82,
+81 and 81 % of GPTQ's."""
 
 
 class Block(NamedTuple):

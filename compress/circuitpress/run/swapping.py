@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     import circuitpress.run.session
 
-WINDOWS = 24
-"""Held-out windows that moves are measured on, and others for swaps: paired differences need fewer than a KL does."""
+TOKENS = 6144
+"""Held-out tokens that moves are measured on, and as many others for swaps: paired differences need fewer than a KL."""
 
 
 def swap(session: "circuitpress.run.session.Session") -> None:
@@ -57,8 +57,8 @@ def swap(session: "circuitpress.run.session.Session") -> None:
 
 def _halves(session: "circuitpress.run.session.Session") -> "tuple[torch.Tensor, ...]":
     """Two disjoint sets of held-out windows."""
-    held_out = session.windows[1].ids[: 2 * WINDOWS]
-    return held_out.tensor_split(2)
+    held_out = session.windows[1].ids
+    return held_out[: 2 * max(1, TOKENS // held_out.shape[1])].tensor_split(2)
 
 
 def measurer(
