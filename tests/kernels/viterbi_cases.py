@@ -17,8 +17,8 @@ from circuitpress_kernels.trellis import SPREAD, trellis_states, trellis_table
 
 SMALL = (  # memory, code bits, width, steps, sequences, states of one inner step
     (5, 2, 1, 9, 6, 4096),
-    (6, 2, 1, 40, 3, 16),
-    (6, 3, 2, 12, 5, 4096),
+    (6, 2, 1, 24, 2, 16),
+    (6, 3, 2, 8, 5, 4096),
     (6, 4, 1, 7, 1, 64),
     (7, 5, 2, 6, 4, 32),
 )
