@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import click
 import pytest
 import yaml
 
@@ -41,7 +42,10 @@ def test_commands_in_the_readme_exist() -> None:
     named = set(re.findall(r"^    circuitpress (\w+)(.*)$", README, re.MULTILINE))
     assert {command for command, _ in named} >= {"check", "run", "score", "plan", "apply", "eval", "report", "diff"}
     for command, rest in named:
-        options = {option for parameter in cli.commands[command].params for option in parameter.opts}
+        found = cli.commands[command]
+        if isinstance(found, click.Group):
+            found = found.commands[rest.split()[0]]
+        options = {option for parameter in found.params for option in parameter.opts}
         assert set(re.findall(r"--\w+", rest.split("#")[0])) <= options, command
 
 
