@@ -22,6 +22,7 @@ from circuitpress.formats import (
     segment_shape,
     split_segments,
 )
+from circuitpress.recipe import FORMAT
 
 NAMES = [f"int{bits}g{group}" for bits in range(2, 9) for group in (1, 7, 16, 64, 128)] + [
     "float32",
@@ -94,6 +95,7 @@ def same(a: object, b: object) -> bool:
 def test_names_read_back(name: str) -> None:
     assert parse(name).name == name
     assert resolve(name, group_size=99, dtype=torch.float16) == name
+    assert FORMAT.fullmatch(name), "a recipe would refuse it"
 
 
 @pytest.mark.parametrize(
@@ -127,6 +129,8 @@ def test_short_names_are_completed() -> None:
     assert resolve("int8", group_size=128, dtype=torch.float32) == "int8g128"
     assert resolve("dense", group_size=32, dtype=torch.bfloat16) == "bfloat16"
     assert resolve("int4g16", group_size=32, dtype=torch.bfloat16) == "int4g16"
+    for name in ("int4s6", "int3+0.5%", "int3s6+0.1%", "code3r16g64"):
+        assert FORMAT.fullmatch(name)
     assert resolve("int4s6", group_size=32, dtype=torch.float32) == "int4g32s6"
     assert resolve("int3+0.5%", group_size=32, dtype=torch.float32) == "int3g32+0.5%"
     assert resolve("int3s6+0.1%", group_size=32, dtype=torch.float32) == "int3g32s6+0.1%"
