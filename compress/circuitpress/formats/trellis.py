@@ -32,8 +32,8 @@ from .base import Format, pack_bits, packed_size, unpack_bits
 from .rotation import rotate, unrotate
 
 STRIP = 4
-"""Columns of a strip. Errors are fed back from strip to strip, not inside: strips of 16 have 20 % more error, strips of
-8 have 5 % more, strips of 2 have 4 % less (babyllama-105, 2 and 3 bits) and take twice as long to encode."""
+"""Columns of a strip. Errors are fed back from strip to strip, not inside: strips of 16 have 24 % more error, strips of
+8 have 5 to 10 % more, strips of 2 have 3 to 4 % less (babyllama-105, 2 and 3 bits) and take twice as long to encode."""
 RING = 128
 """Weights of a ring. Closing a ring costs bits: error is 3 % higher with 64, and 0.4 % lower with 256, but encoding
 is slow where a strip has fewer than 16 rings, as the strips of small matrices do."""

@@ -2,8 +2,8 @@
 
 1. Rotate weights and Hessian into the basis of the codes. Strips are visited from the last to the first of an order
    that is built from its end: next comes the strip with the least variance that those chosen so far do not explain.
-   Nothing stores the order. Against strips as they come the error is 15 % lower, and 4 % lower than by their variance
-   alone (act-order).
+   Nothing stores the order. Strips in the order of their variance (act-order) have 3 to 11 % less error than strips as
+   they come (stories260K, babyllama-105); by the factor's diagonal this order takes off another 1 to 6 %.
 2. With H = L D L^T as in `feedback`, the error that strip g adds is |(T - Q_g) L_gg|^2 weighted by D_g, for the target
 
        T = W_g + (sum over later strips j of E_j L_jg) L_gg^-1
