@@ -149,6 +149,7 @@ def _forget_fisher(work: Path) -> None:
     (work / "unweighted").mkdir(exist_ok=True)
     for shard in (work / "pricing").glob("*.safetensors"):
         tensors = load_file(shard)
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("hessian.")}
         plain = {name: torch.ones_like(t) if name.startswith("saliency.") else t for name, t in tensors.items()}
         save_file(plain, work / "unweighted" / shard.name, metadata={"notes": "{}"})
 

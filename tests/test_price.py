@@ -162,6 +162,33 @@ def test_the_hessian_is_that_of_the_formula(tiny_llama: Path, tmp_path: Path, mo
         torch.testing.assert_close(kept.double(), s, rtol=CLOSE, atol=1e-9 * float(s.max()))
 
 
+@pytest.mark.parametrize("room", [0, 20_000], ids=["none", "some"])
+def test_what_a_block_keeps_between_its_passes_changes_nothing(
+    room: int, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flows that are kept, pulled again, or partly both."""
+    pulled: list[int] = []
+
+    def counted(*args: Any) -> Any:
+        pulled.append(1)
+        return pull(*args)
+
+    pull = pricing.pull
+    monkeypatch.setattr(pricing, "pull", counted)
+    ids, found, pulls = tokens(5, 7), [], []
+    for limit in (pricing.KEPT_FLOWS, room):
+        monkeypatch.setattr(pricing, "KEPT_FLOWS", limit)
+        pulled.clear()
+        stream = open_stream(tiny_llama, batch_tokens=7)
+        found.append(price(stream, ids, formats=FORMATS, draws=2, folder=tmp_path / str(limit)))
+        pulls.append(len(pulled))
+    once = stream.depth * 5 * 2
+    assert pulls[0] == once
+    assert pulls[1] == 2 * once if room == 0 else once < pulls[1] < 2 * once
+    np.testing.assert_array_equal(found[0][1].nats, found[1][1].nats)
+    np.testing.assert_array_equal(found[0][0].values, found[1][0].values)
+
+
 def test_micro_batches_change_nothing(tiny_llama: Path, tmp_path: Path) -> None:
     ids = tokens(5, 7)
     found = []

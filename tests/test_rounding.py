@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import circuitpress.price as pricing
 from circuitpress.price import price
 from circuitpress.quantize import quantize_matrix
-from circuitpress.rounding import block_hessians, decoded_in_place, round_block, segments_by_module
+from circuitpress.rounding import block_hessians, context, decoded_in_place, round_block, segments_by_module
 from circuitpress.segments import cut, groups_of
 from circuitpress.stream import forward, open_stream
 from circuitpress.units import Decision, Group
@@ -50,18 +51,22 @@ def test_segments_that_do_not_tile_are_refused(decisions: list[Decision]) -> Non
         segments_by_module(decisions)
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "rebuilt"])
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
 def test_the_hessians_are_those_that_were_priced(
-    name: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    name: str, kept: bool, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also with other micro-batches than pricing had."""
     folder = request.getfixturevalue(name)
+    if not kept:
+        monkeypatch.setattr(pricing, "KEPT_HESSIANS", 0)
     recorder = Recorder()
     recorder.install(monkeypatch)
     ids = tokens(5, 7)
     price(open_stream(folder, batch_tokens=14), ids, formats=["int4g16"], draws=2, folder=tmp_path)
     stream = open_stream(folder, batch_tokens=21)
-    batches = stream.batches(ids)
+    batches = stream.batches(context(ids, tmp_path))
+    assert (batches == []) == kept
     maps, seen = linears(load(folder, torch.float32)), []
 
     def visit(index: int, module: nn.Module, inputs: Callable[[int], Tensor]) -> None:

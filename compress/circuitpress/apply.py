@@ -30,7 +30,7 @@ from .formats import CastFormat, Format, pack_segments, parse
 from .outer import load_hessian, round_outer
 from .price import permute_neurons
 from .quantize import Quantized
-from .rounding import block_hessians, round_block, segments_by_module
+from .rounding import block_hessians, context, round_block, segments_by_module
 from .stream import Stream, forward
 from .units import Plan
 
@@ -50,7 +50,7 @@ def apply(
     """
     shards = _shard_folder(shards, plan, polish=polish)
     layout = segments_by_module(plan.decisions)
-    batches = stream.batches(windows)
+    batches = stream.batches(context(windows, saliency))
     headers = read_headers(stream.anatomy.folder)
     family = family_of(headers.config)
     weights = Weights(headers, family.prefix)

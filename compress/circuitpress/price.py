@@ -5,15 +5,16 @@ For each block, from the last to the first, while it is resident:
 1. Pull the gradients of all micro-batches through it (score/fisher.py). This gives the Fisher scores of its units and,
    for every matrix, the token weights s and the Hessian H = E[s x x^T].
 2. Round every matrix to every format of the menu with that Hessian.
-3. Pull the gradients through once more and price what the rounding did: with dY = (Q(W) - W) x,
+3. Price what the rounding did: with dY = (Q(W) - W) x,
 
        price = 1/2 E_t [ (g_t . dY_t)^2 ]
 
-   for each segment of the matrix. Recomputing costs less than keeping x and g of all matrices would: 36 thousand
-   numbers a token in a 1 B model.
+   for each segment of the matrix. The x and g of step 1 are kept for this up to a limit (36 thousand numbers a token in
+   a 1 B model); the gradients of micro-batches beyond it are pulled through once more.
 
-A block's results are one atomic shard, which a rerun skips after pulling the gradients through. Shards also keep the
-token weights s, so that `apply` can rebuild the Hessian in a forward walk without any gradient.
+A block's results are one atomic shard, which a rerun skips after pulling the gradients through. For those who round
+later, shards keep the Hessians of a small model; of a large one, whose Hessians take more than its weights, only the
+token weights s, from which a forward walk without any gradient rebuilds them.
 """
 
 import json
@@ -28,7 +29,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save
 from torch import Tensor, nn
 
-from .anatomy import Block
+from .anatomy import Anatomy, Block
 from .console import Advance, ignore
 from .files import write_bytes_atomic
 from .formats import parse
@@ -40,6 +41,12 @@ from .segments import Granularity, groups_of
 from .store import Store, return_freed_memory
 from .stream import Stream, backward, forward
 from .units import Group, Prices, Scores, UnitId
+
+KEPT_FLOWS = 1 << 29
+"""Bytes of x and g that a block keeps between its two passes: all of a small model's, which makes a third of the time
+of pricing it, and some of a large one's."""
+KEPT_HESSIANS = 1 << 28
+"""Bytes of Hessians, of all blocks together, up to which they are stored."""
 
 
 def price(
@@ -98,6 +105,18 @@ def load_saliency(folder: Path, index: int, module: str) -> Tensor:
         return file.get_tensor(f"saliency.{module}")
 
 
+def has_hessians(folder: Path) -> bool:
+    """Whether the shards in `folder` hold Hessians."""
+    with safe_open(shard_path(folder, 0), framework="np") as file:
+        return any(name.startswith("hessian.") for name in file.keys())  # noqa: SIM118
+
+
+def load_hessians(folder: Path, place: Block, device: torch.device) -> dict[str, Tensor]:
+    """The Hessians [cols, cols] of a block's matrices, as priced."""
+    with safe_open(shard_path(folder, place.index), framework="pt") as file:
+        return {m.module: file.get_tensor(f"hessian.{m.module}").to(device) for m in place.matrices}
+
+
 def collect(
     stream: Stream, folder: Path, formats: Sequence[str], granularity: Granularity, *, neuron_block: int = 64
 ) -> tuple[Scores, Prices]:
@@ -128,6 +147,10 @@ def collect(
     return scores, prices
 
 
+def _keeps_hessians(anatomy: Anatomy) -> bool:
+    return 4 * sum(m.cols**2 for block in anatomy.blocks for m in block.matrices) <= KEPT_HESSIANS
+
+
 class _BlockPricer:
     """The work on one resident block."""
 
@@ -142,17 +165,33 @@ class _BlockPricer:
         sizes = [inputs(b).shape[0] for b in range(1 + max(b for b, _ in keys))]
         starts = np.concatenate([[0], np.cumsum(sizes)])
         self.rows = [slice(int(a), int(b)) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        self.kept: dict[tuple[int, int], Mapping[str, Flow]] = {}
+        self.room = KEPT_FLOWS
 
     def pull_all(self, see: Callable[[int, Mapping[str, Flow]], None] | None = None, *, keep: bool = False) -> None:
-        """Pulls every gradient through the block; with `keep` the gradients at its output stay in place."""
+        """Pulls every gradient through the block and shows its flows to `see`.
+
+        With `keep` the block will be asked again: gradients at its output stay in place where flows are not kept.
+        """
         for b, draw in self.keys:
-            return_freed_memory()
-            gradient = self.gradients.get((b, draw), self.stream.device)
-            pulled, flows = pull(self.stream, self.module, self.place, self.inputs(b), gradient)
-            if not keep:
-                self.gradients.put((b, draw), pulled)
+            if (flows := self.kept.pop((b, draw), None)) is None:
+                return_freed_memory()
+                gradient = self.gradients.get((b, draw), self.stream.device)
+                pulled, flows = pull(self.stream, self.module, self.place, self.inputs(b), gradient)
+                kept = keep and self._keep((b, draw), flows)
+                if kept or not keep:
+                    self.gradients.put((b, draw), pulled)
             if see is not None:
                 see(b, flows)
+
+    def _keep(self, key: tuple[int, int], flows: Mapping[str, Flow]) -> bool:
+        """Holds on to `flows` if there is room; matrices that read the same x share its memory."""
+        storages = [tensor.untyped_storage() for flow in flows.values() for tensor in flow]
+        if (size := sum({s.data_ptr(): s.nbytes() for s in storages}.values())) > self.room:
+            return False
+        self.room -= size
+        self.kept[key] = flows
+        return True
 
     def price(
         self, formats: Sequence[str], groups: Sequence[Group], *, by_unit: bool, order: NDArray[np.int64] | None
@@ -167,6 +206,8 @@ class _BlockPricer:
             order = np.argsort(-scores["neuron"].mean(0), kind="stable").astype(np.int64)
         if order is not None:
             arrays["neuron_order"] = order
+        if _keeps_hessians(self.stream.anatomy):
+            arrays |= {f"hessian.{name}": hessian.cpu().numpy() for name, hessian in hessians.items()}
         rounded, notes = self._round(formats, hessians, order)
         token, sequence = self._errors(formats, groups, rounded, order)
         arrays["nats"], arrays["nats_sequence"], arrays["stderr"] = token.mean(0), sequence.mean(0), _stderr(token)

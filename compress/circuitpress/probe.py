@@ -28,7 +28,7 @@ from .hooks import replace, weight_of
 from .outer import load_hessian, round_outer
 from .price import permute_inputs, permute_neurons
 from .quantize import quantize_everywhere, quantize_matrix
-from .rounding import Entry, block_hessians, segments_by_module
+from .rounding import Entry, block_hessians, context, segments_by_module
 from .score.variants import Edit, Edits, measure
 from .stream import Stream
 from .units import OUTER, Axis, Decision, Group, Prices, Probe
@@ -58,7 +58,7 @@ def probe(
     edits = plan_edits(
         stream, candidates, calibration=calibration, saliency=saliency, orders=prices.neuron_order, polish=polish
     )
-    measured = measure(stream, held_out, edits, context=calibration, advance=advance)
+    measured = measure(stream, held_out, edits, context=context(calibration, saliency), advance=advance)
     numel = stream.anatomy.linear_numel
     return [
         Probe(
@@ -202,7 +202,7 @@ def exact(
                     result[f"{i}:{form}"] = edit
         return result
 
-    measured = measure(stream, held_out, edits, context=calibration, advance=advance)
+    measured = measure(stream, held_out, edits, context=context(calibration, saliency), advance=advance)
     rows = [
         {
             "group": prices.groups[i].name,

@@ -1,7 +1,8 @@
 """Rounding one resident block by plan: rebuild the Hessians from the saved token weights, then quantize each matrix.
 
 Pricing needs gradients, rounding only their per-token weights s, which pricing left in its shards. A forward walk with
-H = E[s x x^T] therefore gives `apply` and the probes the same Hessians that were priced.
+H = E[s x x^T] therefore gives `apply` and the probes the same Hessians that were priced. Of a small model the shards
+hold the Hessians themselves, and nobody needs to walk (`context`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from .anatomy import Block
 from .hooks import capture, weight_of
-from .price import load_saliency, permute_inputs, permute_neurons
+from .price import has_hessians, load_hessians, load_saliency, permute_inputs, permute_neurons
 from .quantize import Quantized, quantize_matrix
 from .score.fisher import add_second_moment
 from .stream import Stream
@@ -25,7 +26,9 @@ Entry = tuple[str, int, int]
 def block_hessians(
     stream: Stream, module: nn.Module, place: Block, inputs: Callable[[int], Tensor], batches: int, saliency: Path
 ) -> dict[str, Tensor]:
-    """H = E[s x x^T] float32 [cols, cols] of every matrix, from the inputs of the unchanged model."""
+    """H = E[s x x^T] float32 [cols, cols] of every matrix, from the inputs of the unchanged model or as priced."""
+    if has_hessians(saliency):
+        return load_hessians(saliency, place, stream.device)
     weights = {matrix.module: load_saliency(saliency, place.index, matrix.module) for matrix in place.matrices}
     result = {m.module: torch.zeros(m.cols, m.cols, device=stream.device) for m in place.matrices}
     names = {matrix.module: place.local(matrix) for matrix in place.matrices}
@@ -42,6 +45,11 @@ def block_hessians(
                 add_second_moment(result[name], x.flatten(0, -2), s / weights[name].numel())
             at += hidden.shape[0]
     return result
+
+
+def context(calibration: Tensor, saliency: Path) -> Tensor:
+    """The part of the windows `calibration` [n, length] whose inputs `block_hessians` will ask for: all or none."""
+    return calibration[:0] if has_hessians(saliency) else calibration
 
 
 def segments_by_module(decisions: Sequence[Decision]) -> dict[str, tuple[str, list[Entry]]]:

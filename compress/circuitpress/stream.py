@@ -76,7 +76,7 @@ class Stream:
     def batches(self, windows: Tensor) -> list[Tensor]:
         """Cuts windows [n, length] into micro-batches of about `batch_tokens` tokens."""
         per = max(1, self.batch_tokens // windows.shape[1])
-        return list(windows.split(per))
+        return list(windows.split(per)) if len(windows) else []
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:

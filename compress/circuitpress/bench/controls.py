@@ -28,6 +28,7 @@ from ..hooks import weight_of
 from ..plan import make_plan
 from ..probe import plan_edits, uniform_plan
 from ..quantize import quantize_everywhere
+from ..rounding import context
 from ..score.variants import Edit, measure
 from ..stream import Stream
 from ..units import Decision, Prices
@@ -84,8 +85,9 @@ def measure_controls(
             orders=prices.neuron_order,
         )  # fmt: skip
         found |= measure(
-            stream, windows, edits, context=calibration, advance=lambda n, note: advance(n / (len(parts) + 1), note)
-        )
+            stream, windows, edits, context=context(calibration, saliency),
+            advance=lambda n, note: advance(n / (len(parts) + 1), note),
+        )  # fmt: skip
     names = [label.partition("|")[2] for label in labels if label.startswith("control:uniform")]
     if names:
         nearest = partial(_nearest_edits, stream, names)

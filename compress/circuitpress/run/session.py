@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from ..units import DROP, Prices, Probe
 from ..widths import Widths, full_widths, heads_can_leave, kept
 from .folder import RunFolder
 from .protect import translate
+from .windows import kept_windows
 
 if TYPE_CHECKING:
     # Whole modules, and dotted names below, so that a checker of types at run time can follow them too.
@@ -131,10 +132,13 @@ class Session:
             log.warning(
                 "windows of %d tokens: the model reads no more at a time (data.length is %d)", length, data.length
             )
-        return load_windows(
-            path, self.tokenizer, length=length, samples=samples, seed=data.seed, format=data.format, bos=data.bos,
+        load = partial(
+            load_windows, length=length, samples=samples, seed=data.seed, format=data.format, bos=data.bos,
             vocab=anatomy.vocab,
         )  # fmt: skip
+        return kept_windows(
+            self.path / "windows", self.checkpoint, path, load.keywords, lambda: load(path, self.tokenizer)
+        )
 
     def names(self, formats: Sequence[str]) -> list[str]:
         """Complete format names, without repetition and without `drop`, which is no format of a weight."""

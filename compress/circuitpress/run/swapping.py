@@ -66,6 +66,7 @@ def measurer(
 ) -> Measure:
     """Measures choices of a problem as whole plans on `windows`."""
     from ..probe import outer_edits, plan_edits
+    from ..rounding import context
     from ..score.variants import measure_windows
 
     calibration, saliency = session.windows[0], session.path / "pricing"
@@ -79,7 +80,7 @@ def measurer(
         )  # fmt: skip
         found = measure_windows(
             session.stream, windows, edits, outer=outer_edits(session.stream, plans, saliency=saliency),
-            context=calibration.ids, advance=advance,
+            context=context(calibration.ids, saliency), advance=advance,
         )  # fmt: skip
         return [found[str(k)] for k in range(len(choices))]
 
