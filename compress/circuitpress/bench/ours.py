@@ -18,7 +18,7 @@ from ..console import Advance, Console, ignore
 from ..errors import CircuitpressError
 from ..files import write_bytes_atomic
 from ..recipe import Recipe
-from ..run import replan, run_recipe, score_model
+from ..run import prepare, replan, run_recipe, score_model
 from ..units import Plan
 from .jobs import Outcome
 
@@ -60,6 +60,7 @@ def ours(
     """
     scored = work / SCORED
     spent = _Clock(work / f"{SCORED}.json")
+    prepare(recipe, scored, console)  # imports and tokenising: outside the peers' clocks too
     with spent:
         score_model(recipe, scored, console)
     found = []

@@ -40,6 +40,12 @@ def run_recipe(recipe: Recipe, out: Path, console: Console, *, restart: bool = F
     return render_run(document), document
 
 
+def prepare(recipe: Recipe, out: Path, console: Console) -> None:
+    """Reads what is cheap and can be wrong, the headers and the text, and opens the folder."""
+    with _claimed(recipe, out, console, restart=False) as session:
+        execute(session, NAMES[:1])
+
+
 def score_model(recipe: Recipe, out: Path, console: Console, *, restart: bool = False) -> Result:
     """The stages before the plan."""
     with _claimed(recipe, out, console, restart=restart) as session:

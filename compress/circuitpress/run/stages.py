@@ -4,7 +4,7 @@
 
 | stage | writes | what it does |
 |---|---|---|
-| check | anatomy.json | places every matrix; needs headers only |
+| check | anatomy.json | places every matrix; reads the text and headers, no weights |
 | prune | prune.json, pruned/ | removes neurons and KV groups, if the recipe asks; the next stages work on the rest |
 | score | scores, prices, outer, pricing/ | Fisher scores and the price of every group in every format |
 | exact | exact.json | changes single groups and measures, to say how far prices can be trusted |
@@ -62,6 +62,7 @@ def execute(session: Session, names: Sequence[str]) -> None:
 
 
 def _check(session: Session) -> None:
+    len(session.windows)  # a text that cannot be read or is too short says so here
     session.write("anatomy.json", session.original_anatomy.to_json())
 
 
