@@ -104,6 +104,14 @@ def test_budgets(folder: Path, budget: str) -> None:
     assert parse("model: model", folder, f"plan.budget={budget}").plan.budget == budget
 
 
+@pytest.mark.parametrize("name", ["code4g64", "trellis3", "int4g64s6", "int4+0.5%", "drop", "int9"])
+def test_embedding_and_lm_head_take_plain_formats(folder: Path, name: str) -> None:
+    (line,) = problems("model: model", folder, f"plan.outer={name}")
+    assert line.startswith("plan.outer: not for embedding and lm_head: they take auto, int2 to int8")
+    for fine in ("auto", "int4g32", "dense"):
+        assert parse("model: model", folder, f"plan.outer={fine}").plan.outer == fine
+
+
 def test_recipe_and_planner_read_the_same_budgets() -> None:
     from circuitpress.plan import budget
     from circuitpress.recipe import BUDGET
@@ -173,7 +181,7 @@ def test_every_key_is_documented_in_the_schema() -> None:
     assert {"model", "plan.budget", "schema", "data"} <= set(known_keys())
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("**/*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
 def test_recipes_of_the_repository_are_valid(path: Path) -> None:
     recipe = Recipe.load(path)
     stated = yaml.safe_load(path.read_text())

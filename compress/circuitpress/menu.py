@@ -8,6 +8,10 @@ _CODE = r"code[2-4]((r[1-9]\d*)?g[1-9]\d*)?"
 FORMAT = re.compile(rf"{_INT}|{_CODE}|{_TRELLIS}|float16|bfloat16|float32|dense")
 """Names that a recipe may give; `circuitpress.formats` reads them."""
 
+OUTER_FORMAT = re.compile(r"int[2-8](g[1-9]\d*)?|float16|bfloat16|float32|dense")
+"""Those that embedding and lm_head may have: they are rounded in stripes of rows, and codebooks, rotations and outliers
+belong to whole matrices."""
+
 NAMES = (
     "int2 to int8 (int4g32 for groups of 32, int4s6 for scales in 6 bits, int4+0.5% for outliers), code2 to code4 "
     "(code3g64, code3r16g64), trellis1.5 to trellis4 by halves, float16, bfloat16, float32, dense"

@@ -28,7 +28,7 @@ from pydantic import (
 )
 
 from .errors import RecipeError
-from .menu import FORMAT, MENU, NAMES, PROBES
+from .menu import FORMAT, MENU, NAMES, OUTER_FORMAT, PROBES
 
 BUDGET = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(bpw|%|[kMG]?B|[KMG]iB)")
 
@@ -51,7 +51,9 @@ def _check_probe(name: str) -> str:
 
 
 def _check_outer(name: str) -> str:
-    return name if name == "auto" else _check_format(name)
+    if name != "auto" and not OUTER_FORMAT.fullmatch(name):
+        raise ValueError("not for embedding and lm_head: they take auto, int2 to int8 (int4g32), float16, ..., dense")
+    return name
 
 
 def _check_uniform(heterogeneous: bool) -> bool:
