@@ -13,7 +13,7 @@ from torch import Tensor
 
 import circuitpress.price as pricing
 from circuitpress.console import ignore
-from circuitpress.price import collect, load_saliency, price, shard_path
+from circuitpress.price import collect, load_hessians, load_saliency, price, shard_path
 from circuitpress.segments import Granularity
 from circuitpress.stream import open_stream
 from circuitpress.units import Prices, Scores
@@ -35,15 +35,22 @@ class Brute:
     sequence: NDArray[np.float64]
 
 
-def brute_force(model: Any, ids: Tensor, prices: Prices, recorder: Recorder, *, draws: int, seed: int) -> Brute:
-    """1/2 mean_t (g_t . dY_t)^2 and 1/(2 T) (sum_t g_t . dY_t)^2 of every group, with loops and the whole model."""
+def brute_force(
+    model: Any, ids: Tensor, prices: Prices, recorder: Recorder, *, draws: int, seed: int,
+    positions: Tensor | None = None,
+) -> Brute:  # fmt: skip
+    """1/2 mean_t (g_t . dY_t)^2 and 1/(2 T) (sum_t g_t . dY_t)^2 of every group, with loops and the whole model.
+
+    With `positions` only losses there count, and the mean is over them.
+    """
     with torch.no_grad():
         logits = model(ids).logits
     windows, length = ids.shape
     shape = (windows, len(prices.groups), len(prices.formats))
     result = Brute(np.zeros(shape), np.zeros(shape))
     for draw in range(draws):
-        whole = trace(model, ids, draw_labels(logits, seed=seed, draw=draw))
+        labels = draw_labels(logits, seed=seed, draw=draw)
+        whole = trace(model, ids, labels if positions is None else labels.where(positions, -100))
         for i, group in enumerate(prices.groups):
             (segment,) = group.segments
             dense = weight(linears(model)[segment.module])
@@ -60,7 +67,8 @@ def brute_force(model: Any, ids: Tensor, prices: Prices, recorder: Recorder, *, 
                 effect = torch.einsum("nti,oi,nto->nt", x, moved, g).numpy()
                 result.token[:, i, f] += 0.5 * (effect**2).mean(1) / draws
                 result.sequence[:, i, f] += 0.5 * effect.sum(1) ** 2 / length / draws
-    return result
+    scale = 1.0 if positions is None else positions.numel() / int(positions.sum())
+    return Brute(result.token * scale, result.sequence * scale)
 
 
 def assert_close(value: NDArray[Any], expected: NDArray[Any], *, rtol: float = CLOSE) -> None:
@@ -160,6 +168,37 @@ def test_the_hessian_is_that_of_the_formula(tiny_llama: Path, tmp_path: Path, mo
         kept = load_saliency(tmp_path, int(name.split(".")[2]), name)
         # The first token attends to itself alone: no query or key gradient there but float noise.
         torch.testing.assert_close(kept.double(), s, rtol=CLOSE, atol=1e-9 * float(s.max()))
+
+
+def test_prices_of_single_predictions(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only some positions count: their losses alone, and means over them."""
+    recorder = Recorder()
+    recorder.install(monkeypatch)
+    ids = tokens(5, 7)
+    positions = torch.rand(5, 7, generator=torch.Generator().manual_seed(2)) < 0.3
+    stream = open_stream(tiny_llama, batch_tokens=14)
+    _, prices = price(stream, ids, formats=FORMATS, draws=2, seed=3, folder=tmp_path, positions=positions)
+    brute = brute_force(load(tiny_llama), ids, prices, recorder, draws=2, seed=3, positions=positions)
+    assert_close(prices.nats, brute.token.mean(0))
+    assert_close(prices.nats_sequence, brute.sequence.mean(0))
+
+
+def test_hessians_beside_and_instead(tiny_llama: Path, tmp_path: Path) -> None:
+    """Others' Hessians join what weights are rounded with, times a weight, or take its place; prices are the text's."""
+    stream, ids, others = open_stream(tiny_llama), tokens(4, 6), tokens(3, 5, seed=1)
+    place = stream.anatomy.blocks[1]
+
+    def hessians(name: str) -> dict[str, Tensor]:
+        return load_hessians(tmp_path / name, place, stream.device)
+
+    price(stream, others, formats=(), folder=tmp_path / "others")
+    plain = price(stream, ids, formats=["int3g16"], folder=tmp_path / "plain")[1]
+    price(stream, ids, formats=["int3g16"], folder=tmp_path / "both", beside=[(tmp_path / "others", 2.0)])
+    instead = price(stream, ids, formats=["int3g16"], folder=tmp_path / "instead", rounded_for=tmp_path / "others")[1]
+    for name, hessian in hessians("both").items():
+        torch.testing.assert_close(hessian, hessians("plain")[name] + 2 * hessians("others")[name])
+        torch.testing.assert_close(hessians("instead")[name], hessians("others")[name])
+    assert instead.nats.sum() > plain.nats.sum()  # rounded for another text
 
 
 @pytest.mark.parametrize("room", [0, 20_000], ids=["none", "some"])

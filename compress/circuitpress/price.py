@@ -52,7 +52,8 @@ KEPT_HESSIANS = 1 << 28
 def price(
     stream: Stream, windows: Tensor, *, formats: Sequence[str], granularity: Granularity = "matrix", draws: int = 1,
     seed: int = 0, neuron_block: int = 64, neuron_order: Mapping[int, NDArray[np.int64]] | None = None, folder: Path,
-    outer: Sequence[str] = (), advance: Advance = ignore,
+    outer: Sequence[str] = (), positions: Tensor | None = None, beside: Sequence[tuple[Path, float]] = (),
+    rounded_for: Path | None = None, advance: Advance = ignore,
 ) -> tuple[Scores, Prices]:  # fmt: skip
     """Prices every group of the model in every format, and scores every unit.
 
@@ -61,26 +62,36 @@ def price(
     texts comparable; by default neurons are sorted by their own scores. Embedding and lm_head are priced in the formats
     `outer` (`outer.load_outer` reads them). Returns Fisher scores and prices in nats per predicted token. Raises
     CheckpointError for weights or activations that are not finite.
+
+    For behaviors, whose prompts matter at some places only: `positions` bool [n, length] says which predictions count,
+    and nats are per prediction that counts; `beside` are folders of shards whose Hessians, times a weight, join those
+    that weights are rounded with; `rounded_for` is a folder whose Hessians are used instead.
     """
     batches = stream.batches(windows)
     hidden, gradients, finals = stream.store("inputs"), stream.store("gradients"), stream.store("finals")
     outer = () if outer_path(folder).exists() else outer
     try:
         forward(stream, batches, hidden, keep=True, advance=lambda n, note: advance(n / 2, f"forward, {note}"))
-        keys = output_gradients(stream, batches, hidden, gradients, draws=draws, seed=seed)
+        keys = output_gradients(stream, batches, hidden, gradients, draws=draws, seed=seed, positions=positions)
+        counted = windows.numel() if positions is None else int(positions.sum())
+        others = [(rounded_for, 1.0)] if rounded_for else list(beside)
         for b in range(outer_batches(batches) if outer else 0):
             finals.put((0, b), hidden.get((stream.depth, b)))
 
         def visit(index: int, module: nn.Module, inputs: Callable[[int], Tensor]) -> None:
             place = stream.anatomy.blocks[index]
-            visitor = _BlockPricer(stream, module, place, inputs, gradients, keys, windows.shape)
+            visitor = _BlockPricer(stream, module, place, inputs, gradients, keys, windows.shape, counted)
             path = shard_path(folder, index)
             if path.exists():
                 visitor.pull_all()
             else:
                 groups = groups_of(place, granularity, neuron_block=neuron_block)
                 order = (neuron_order or {}).get(index)
-                arrays, notes = visitor.price(formats, groups, by_unit=granularity == "unit", order=order)
+                hessians = [(load_hessians(other, place, stream.device), weight) for other, weight in others]
+                arrays, notes = visitor.price(
+                    formats, groups, by_unit=granularity == "unit", order=order, hessians=hessians,
+                    replace=rounded_for is not None,
+                )  # fmt: skip
                 write_bytes_atomic(path, save(arrays, metadata={"notes": json.dumps(notes)}))
             advance(0.5, f"priced block {index}")
 
@@ -156,12 +167,14 @@ class _BlockPricer:
 
     def __init__(
         self, stream: Stream, module: nn.Module, place: Block, inputs: Callable[[int], Tensor], gradients: Store,
-        keys: Sequence[tuple[int, int]], shape: Sequence[int],
+        keys: Sequence[tuple[int, int]], shape: Sequence[int], counted: int,
     ) -> None:  # fmt: skip
         self.stream, self.module, self.place = stream, module, place
         self.inputs, self.gradients, self.keys = inputs, gradients, keys
         self.windows, self.length = shape
         self.draws = 1 + max(draw for _, draw in keys)
+        # From means over all tokens to means over the predictions that count.
+        self.scale = self.windows * self.length / counted
         sizes = [inputs(b).shape[0] for b in range(1 + max(b for b, _ in keys))]
         starts = np.concatenate([[0], np.cumsum(sizes)])
         self.rows = [slice(int(a), int(b)) for a, b in zip(starts[:-1], starts[1:], strict=True)]
@@ -194,10 +207,13 @@ class _BlockPricer:
         return True
 
     def price(
-        self, formats: Sequence[str], groups: Sequence[Group], *, by_unit: bool, order: NDArray[np.int64] | None
-    ) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-        """The arrays of the block's shard, and notes on fallbacks by matrix."""
-        scores, weights, hessians = self._statistics()
+        self, formats: Sequence[str], groups: Sequence[Group], *, by_unit: bool, order: NDArray[np.int64] | None,
+        hessians: Sequence[tuple[Mapping[str, Tensor], float]], replace: bool,
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:  # fmt: skip
+        """The arrays of the block's shard, and notes on fallbacks by matrix. `hessians` join, or `replace`, its own."""
+        scores, weights, own = self._statistics()
+        for other, weight in hessians:
+            own = {name: other[name] if replace else hessian + weight * other[name] for name, hessian in own.items()}
         arrays: dict[str, NDArray[Any]] = {f"saliency.{name}": s.numpy() for name, s in weights.items()}
         per_window = np.concatenate([scores[kind] for kind in ("head", "kv_group", "neuron")], axis=1)
         arrays["scores"], arrays["scores_stderr"] = per_window.mean(0), _stderr(per_window)
@@ -207,8 +223,8 @@ class _BlockPricer:
         if order is not None:
             arrays["neuron_order"] = order
         if _keeps_hessians(self.stream.anatomy):
-            arrays |= {f"hessian.{name}": hessian.cpu().numpy() for name, hessian in hessians.items()}
-        rounded, notes = self._round(formats, hessians, order)
+            arrays |= {f"hessian.{name}": hessian.cpu().numpy() for name, hessian in own.items()}
+        rounded, notes = self._round(formats, own, order)
         token, sequence = self._errors(formats, groups, rounded, order)
         arrays["nats"], arrays["nats_sequence"], arrays["stderr"] = token.mean(0), sequence.mean(0), _stderr(token)
         nbytes = [[sum(parse(f).nbytes(s.rows, s.cols) for s in g.segments) for f in formats] for g in groups]
@@ -217,7 +233,7 @@ class _BlockPricer:
 
     def _statistics(self) -> tuple[dict[str, NDArray[np.float64]], dict[str, Tensor], dict[str, Tensor]]:
         """Unit scores [windows, units] by kind, token weights [windows, length] and Hessians [cols, cols] by matrix."""
-        place, tokens = self.place, self.windows * self.length * self.draws
+        place, tokens = self.place, self.windows * self.length * self.draws / self.scale
         counts = {"head": place.heads, "kv_group": place.kv_heads, "neuron": place.neurons}
         scores = {kind: np.zeros((self.windows, count)) for kind, count in counts.items()}
         weights = {matrix.module: torch.zeros(self.windows, self.length) for matrix in place.matrices}
@@ -227,10 +243,10 @@ class _BlockPricer:
             rows = self.rows[b]
             for kind, effect in unit_effects(self.module, place, flows).items():
                 squares = 0.5 * effect.square().unflatten(0, (-1, self.length)).double().mean(1) / self.draws
-                scores[kind][rows] += squares.cpu().numpy()
+                scores[kind][rows] += squares.cpu().numpy() * self.scale
             for name, flow in flows.items():
                 s = saliency(flow)
-                weights[name][rows] += s.view(-1, self.length).cpu() / self.draws
+                weights[name][rows] += s.view(-1, self.length).cpu() * (self.scale / self.draws)
                 add_second_moment(hessians[name], flow.x, s / tokens)
 
         self.pull_all(see, keep=True)
@@ -279,8 +295,9 @@ class _BlockPricer:
                     effect = _segment_effects(flow, change, [group for _, group in mine])
                     effect = effect.unflatten(0, (-1, self.length)).double().cpu().numpy()
                     for k, (i, _) in enumerate(mine):
-                        token[rows, i, f] += 0.5 * np.square(effect[:, :, k]).mean(1) / self.draws
-                        sequence[rows, i, f] += 0.5 * np.square(effect[:, :, k].sum(1)) / self.length / self.draws
+                        share = 0.5 * self.scale / self.draws
+                        token[rows, i, f] += share * np.square(effect[:, :, k]).mean(1)
+                        sequence[rows, i, f] += share * np.square(effect[:, :, k].sum(1)) / self.length
 
         self.pull_all(see)
         return token, sequence

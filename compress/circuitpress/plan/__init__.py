@@ -6,7 +6,7 @@ plans. A new rule is a `Constraint`, never a new solver.
 """
 
 from .budget import Budget
-from .constraints import Constraint
+from .constraints import Constraint, cap
 from .correction import Curve
 from .difference import Difference, diff
 from .make import Problem, make_plan, pose, write_plan
@@ -24,6 +24,7 @@ __all__ = [
     "Problem",
     "Solution",
     "Swaps",
+    "cap",
     "diff",
     "improve",
     "make_plan",

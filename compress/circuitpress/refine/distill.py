@@ -44,6 +44,16 @@ class Rates:
     norms: float = 0.005
 
 
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """Prompts to learn from beside the text: rows `ids` int64 [n, length], whose KL counts at `positions` bool [n,
+    length], each prediction `weight` times as much as one of the text."""
+
+    ids: Tensor
+    positions: Tensor
+    weight: float
+
+
 @dataclass(frozen=True)
 class Refined:
     """What refinement did: KL in nats per token on the held-out windows, and the tensors that changed."""
@@ -77,13 +87,13 @@ def packed_numel(folder: Path) -> int:
 
 def refine(
     folder: Path, reference: Stream, windows: Tensor, held_out: Tensor, *, steps: int, seed: int = 0,
-    batch_tokens: int = 2048, rates: Rates | None = None, advance: Advance = ignore,
+    batch_tokens: int = 2048, rates: Rates | None = None, lessons: Sequence[Lesson] = (), advance: Advance = ignore,
 ) -> Refined:  # fmt: skip
     """Refines the packed model in `folder` towards `reference`; writes nothing (see `write.py`).
 
     `windows` int64 [n, length] are learned from, `held_out` [m, length] decide whether the result is kept; `steps` are
-    of `batch_tokens` tokens each. Raises CircuitpressError for a model without packed weights, and when the loss is no
-    longer finite.
+    of `batch_tokens` tokens each, and of a quarter of that for each of `lessons`. Raises CircuitpressError for a model
+    without packed weights, and when the loss is no longer finite.
     """
     device = reference.device
     student, soft = load_soft(folder, device)
@@ -100,14 +110,23 @@ def refine(
     starts = [group["lr"] for group in optimizer.param_groups]
     before = {name: _values(module) for name, module in soft.items()}
     teacher = _Teacher(reference, torch.cat([windows, held_out]))
+    taught = [(lesson, _Teacher(reference, lesson.ids)) for lesson in lessons]
     learn, check = range(len(windows)), range(len(windows), len(windows) + len(held_out))
     per = max(1, batch_tokens // windows.shape[1])
 
-    def loss(rows: Sequence[int]) -> Tensor:
+    def answer(ids: Tensor) -> Tensor:
         changed = {name: straight_through(p, partial(Tensor.to, dtype=dtypes[name])) for name, p in norms.items()}
-        ids = teacher.ids[list(rows)].to(device)
-        logits = torch.func.functional_call(student, changed, (ids,), {"use_cache": False}).logits
-        return _kl(teacher.logits(rows), logits.float())
+        return torch.func.functional_call(student, changed, (ids.to(device),), {"use_cache": False}).logits.float()
+
+    def loss(rows: Sequence[int]) -> Tensor:
+        return _kl(teacher.logits(rows), answer(teacher.ids[list(rows)]))
+
+    def lesson_loss(step: int, lesson: Lesson, known: _Teacher) -> Tensor:
+        count = len(lesson.ids)
+        start = step * (per_lesson := max(1, min(count, batch_tokens // 4 // lesson.ids.shape[1])))
+        rows = [(start + k) % count for k in range(per_lesson)]
+        at = lesson.positions[rows].to(device)
+        return lesson.weight * _kl(known.logits(rows)[at], answer(lesson.ids[rows])[at])
 
     def measured() -> float:
         with torch.no_grad():
@@ -118,7 +137,7 @@ def refine(
     for step, rows in enumerate(order):
         for group, rate in zip(optimizer.param_groups, starts, strict=True):
             group["lr"] = rate * (1 - step / steps)
-        value = loss(rows)
+        value = loss(rows) + sum(lesson_loss(step, *pair) for pair in taught)
         if not bool(value.isfinite()):
             raise CircuitpressError(
                 f"refinement of {folder} diverged at step {step}: the loss is {value.item()}",
@@ -177,7 +196,7 @@ def _order(count: int, per: int, steps: int, seed: int) -> list[list[int]]:
 
 
 def _kl(reference: Tensor, logits: Tensor) -> Tensor:
-    """Mean over tokens of KL(reference || logits), both [batch, length, vocab]."""
+    """Mean over tokens of KL(reference || logits), both [..., vocab]."""
     p, q = reference.log_softmax(-1), logits.log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1).mean()
 

@@ -38,11 +38,13 @@ class Flow(NamedTuple):
 
 
 def output_gradients(
-    stream: Stream, batches: Sequence[Tensor], hidden: Store, gradients: Store, *, draws: int, seed: int
-) -> list[tuple[int, int]]:
+    stream: Stream, batches: Sequence[Tensor], hidden: Store, gradients: Store, *, draws: int, seed: int,
+    positions: Tensor | None = None,
+) -> list[tuple[int, int]]:  # fmt: skip
     """Fills `gradients` with d(sum of token losses)/d(final hidden states) under keys (b, draw), and returns the keys.
 
-    `hidden` holds the final hidden states [batch, length, hidden] under (depth, b).
+    `hidden` holds the final hidden states [batch, length, hidden] under (depth, b). With `positions` bool [windows,
+    length] only the losses of predictions made there count.
     """
     keys, sequence = [], 0
     for b, ids in enumerate(batches):
@@ -52,6 +54,8 @@ def output_gradients(
             for row in range(ids.shape[0]):
                 uniform = label_noise(seed, sequence + row, draw, ids.shape[1]).to(stream.device)
                 gradient[row] = _sequence_gradient(stream, states[row], uniform)
+                if positions is not None:
+                    gradient[row] *= positions[sequence + row, :, None].to(gradient.device)
             gradients.put((b, draw), gradient)
             keys.append((b, draw))
         sequence += ids.shape[0]

@@ -6,8 +6,8 @@ after it its own states are carried on. One pass over the weights thus measures 
 model that does not fit in memory.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..console import Advance, ignore
 from ..evaluate.divergence import Divergence, Tally, next_tokens
+from ..store import Store
 from ..stream import Stream, forward
 
 Edit = Callable[[], AbstractContextManager[None]]
@@ -51,10 +52,45 @@ def measure_windows(
 
 
 @torch.no_grad()
+def carry(
+    stream: Stream, windows: Tensor, edits: Edits, *, outer: Mapping[str, Edit] = NOTHING,
+    context: Tensor | None = None, advance: Advance = ignore,
+) -> dict[str, list[Tensor]]:  # fmt: skip
+    """The final hidden states of every variant on `windows`, micro-batch by micro-batch: for prompts, which are short.
+
+    Read logits of a variant of `outer` within its edit.
+    """
+    with _carried(stream, windows, edits, outer, context, advance) as (_, own, alive):
+        count = len(stream.batches(windows))
+        return {name: [own.get((name, b), stream.device) for b in range(count)] for name in alive}
+
+
+@torch.no_grad()
 def _walk(
     stream: Stream, windows: Tensor, edits: Edits, outer: Mapping[str, Edit], context: Tensor | None, advance: Advance
 ) -> tuple[dict[str, Tally], int]:
     """A tally for every variant, and how many `add` calls made up a window."""
+    with _carried(stream, windows, edits, outer, context, advance) as (base, own, alive):
+        tallies = {name: Tally() for name in alive}
+        step = max(1, (1 << 22) // stream.anatomy.vocab)
+        for b, ids in enumerate(stream.batches(windows)):
+            hidden = base.get((stream.depth, b), stream.device)
+            for row, labels in enumerate(next_tokens(ids)):
+                for at in range(0, ids.shape[1], step):
+                    span = slice(at, at + step)
+                    reference = stream.logits(hidden[row, span])
+                    for name, tally in tallies.items():
+                        with outer.get(name, nullcontext)():
+                            changed = stream.logits(own.get((name, b), stream.device)[row, span])
+                        tally.add(reference, changed, labels[span].to(reference.device))
+        return tallies, -(-windows.shape[1] // step)
+
+
+@contextmanager
+def _carried(
+    stream: Stream, windows: Tensor, edits: Edits, outer: Mapping[str, Edit], context: Tensor | None, advance: Advance
+) -> Iterator[tuple[Store, Store, Iterable[str]]]:
+    """The final states of the model under (depth, b), those of variants under (name, b), and the names."""
     batches = stream.batches(windows)
     extra = [] if context is None else stream.batches(context)
     base, own = stream.store("variants-base"), stream.store("variants")
@@ -76,19 +112,7 @@ def _walk(
                     own.put((name, b), stream.embed(ids))
             alive[name] = None
         forward(stream, [*batches, *extra], base, visit=visit, advance=advance)
-        tallies = {name: Tally() for name in alive}
-        step = max(1, (1 << 22) // stream.anatomy.vocab)
-        for b, ids in enumerate(batches):
-            hidden = base.get((stream.depth, b), stream.device)
-            for row, labels in enumerate(next_tokens(ids)):
-                for at in range(0, ids.shape[1], step):
-                    span = slice(at, at + step)
-                    reference = stream.logits(hidden[row, span])
-                    for name, tally in tallies.items():
-                        with outer.get(name, nullcontext)():
-                            changed = stream.logits(own.get((name, b), stream.device)[row, span])
-                        tally.add(reference, changed, labels[span].to(reference.device))
-        return tallies, -(-windows.shape[1] // step)
+        yield base, own, alive
     finally:
         base.clear()
         own.clear()
