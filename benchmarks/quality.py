@@ -17,6 +17,7 @@ import click
 from transformers import AutoTokenizer
 
 from circuitpress.bench import PEERS, Comparison, compare, draw, peers_folder, render, settings
+from circuitpress.bench.jobs import Setting
 from circuitpress.console import Console
 from circuitpress.recipe import Recipe
 from common import load_rows, readable_text, save_results
@@ -29,7 +30,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--text", "texts", multiple=True, required=True, help="calibration text, one for each checkpoint")
 @click.option("--test", "tests", multiple=True, required=True, help="own test text, one for each checkpoint")
 @click.option("--also", type=click.Path(path_type=Path, exists=True), help="test text for all")
-@click.option("--peers", default=",".join(PEERS), show_default=True)
+@click.option("--peers", default=",".join(PEERS), show_default=True, help="a peer's own group sizes: autoround:64+32")
 @click.option("--bits", default="2,3,4", show_default=True)
 @click.option("--groups", default="64,32", show_default=True)
 @click.option("--budget", "budgets", type=float, multiple=True, help="ours; default: the best peers' and AutoRound's")
@@ -44,7 +45,7 @@ def main(
     cache: Path | None, work: Path, out: Path,
 ) -> None:  # fmt: skip
     """Compares on every checkpoint and writes quality.json and quality.svg."""
-    chosen = settings(peers.split(","), _numbers(bits), groups=_numbers(groups))
+    chosen = [setting for peer in peers.split(",") for setting in _settings(peer, _numbers(bits), _numbers(groups))]
     console = Console(quiet=False, json=False, debug=False)
     for checkpoint, text, test in zip(checkpoints, texts, tests, strict=True):
         folder = work / "texts" / checkpoint.name
@@ -80,6 +81,11 @@ def _text(spec: str, checkpoint: Path, folder: Path) -> Path:
         path = folder / f"{path.stem}-{'after' if last else 'first'}-{match[2]}%{path.suffix}"
         path.write_text(whole[at:] if last else whole[:at])
     return readable_text(path, AutoTokenizer.from_pretrained(checkpoint), folder)
+
+
+def _settings(peer: str, bits: list[int], groups: list[int]) -> list[Setting]:
+    name, _, own = peer.partition(":")
+    return settings([name], bits, groups=_numbers(own.replace("+", ",")) if own else groups)
 
 
 def _numbers(text: str) -> list[int]:
