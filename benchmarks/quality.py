@@ -36,13 +36,14 @@ _PATH = click.Path(path_type=Path)
 @click.option("--budget", "budgets", type=float, multiple=True, help="ours; default: the best peers' and AutoRound's")
 @click.option("--recipe", type=click.Path(path_type=Path, exists=True), help="how our side compresses")
 @click.option("--set", "overrides", multiple=True, help="one key of that recipe")
+@click.option("--controls/--no-controls", default=True, show_default=True, help="what is left without our plan")
 @click.option("--cache", type=_PATH, help="the peers' environments")
 @click.option("--work", type=_PATH, default=Path("runs/quality"), show_default=True)
 @click.option("--out", type=_PATH, default=Path("benchmarks/results"), show_default=True)
 def main(
     checkpoints: tuple[Path, ...], texts: tuple[str, ...], tests: tuple[str, ...], also: Path | None, peers: str,
     bits: str, groups: str, budgets: tuple[float, ...], recipe: Path | None, overrides: tuple[str, ...],
-    cache: Path | None, work: Path, out: Path,
+    controls: bool, cache: Path | None, work: Path, out: Path,
 ) -> None:  # fmt: skip
     """Compares on every checkpoint and writes quality.json and quality.svg."""
     chosen = [setting for peer in peers.split(",") for setting in _settings(peer, _numbers(bits), _numbers(groups))]
@@ -58,7 +59,7 @@ def main(
         )
         comparison = Comparison(
             str(checkpoint), found[0], {path.name: path for path in found[1:]}, chosen, work, cache or peers_folder(),
-            recipe=base, budgets=budgets,
+            recipe=base, budgets=budgets, controls=controls,
         )  # fmt: skip
         rows = compare(comparison, console)
         kept = [row for row in load_rows(out / "quality.json") if row["checkpoint"] != checkpoint.name]

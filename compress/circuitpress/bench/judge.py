@@ -2,10 +2,16 @@
 
 Nobody's forward pass is trusted, ours included: each method hands in float32 matrices, which replace those of the
 float32 model while a block is resident. All methods of a handful walk up the model together (score/variants.py).
+
+A verdict is kept beside the weights, in a file named by the digest of what was judged on what: it takes longer than most
+methods do.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -17,9 +23,11 @@ from ..anatomy import Anatomy, Block
 from ..console import Advance, ignore
 from ..errors import CheckpointError
 from ..evaluate.divergence import Divergence
+from ..files import sha256, write_bytes_atomic
 from ..hooks import replace
 from ..score.variants import Edit, measure
 from ..stream import Stream
+from .jobs import checkpoint_digest
 from .padding import padding_is_silent
 
 TOGETHER = 8
@@ -30,13 +38,17 @@ def judge(
     stream: Stream, windows: Tensor, weights: Mapping[str, Path], *, advance: Advance = ignore
 ) -> dict[str, Divergence]:
     """The divergence on `windows` int64 [n, length] of every label of `weights`, files as `jobs.Outcome` has them."""
-    found: dict[str, Divergence] = {}
-    for labels in _batched(list(weights), TOGETHER):
+    kept = {label: _verdict(stream, windows, path) for label, path in weights.items()}
+    found = {label: _recall(path) for label, path in kept.items() if path.exists()}
+    for labels in _batched([label for label in weights if label not in found], TOGETHER):
         chosen = {label: weights[label] for label in labels}
         part = len(labels) / len(weights)
-        found |= measure(
+        judged = measure(
             stream, windows, _edits(stream, chosen), advance=lambda n, note, part=part: advance(n * part, note)
         )
+        for label, divergence in judged.items():
+            write_bytes_atomic(kept[label], json.dumps(asdict(divergence)).encode())
+        found |= judged
     return {label: found[label] for label in weights}
 
 
@@ -45,6 +57,16 @@ def check(anatomy: Anatomy, path: Path) -> None:
     for block in anatomy.blocks:
         if not padding_is_silent(block, _read(path, block)):
             raise CheckpointError(f"{path}: padded neurons of block {block.index} did not stay zero")
+
+
+def _verdict(stream: Stream, windows: Tensor, path: Path) -> Path:
+    digest = hashlib.sha256(windows.contiguous().numpy().tobytes())
+    digest.update("".join([checkpoint_digest(stream.anatomy.folder), sha256(path)]).encode())
+    return path.parent / f"verdict-{digest.hexdigest()[:16]}.json"
+
+
+def _recall(path: Path) -> Divergence:
+    return Divergence(**json.loads(path.read_text()))
 
 
 def _batched(labels: Sequence[str], size: int) -> Iterator[Sequence[str]]:
