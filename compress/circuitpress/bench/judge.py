@@ -3,8 +3,8 @@
 Nobody's forward pass is trusted, ours included: each method hands in float32 matrices, which replace those of the
 float32 model while a block is resident. All methods of a handful walk up the model together (score/variants.py).
 
-A verdict is kept beside the weights, in a file named by the digest of what was judged on what: it takes longer than most
-methods do.
+A verdict is kept beside the weights, in a file named by the digest of what was judged on what: to judge takes longer
+than most methods do.
 """
 
 import hashlib
