@@ -54,7 +54,7 @@ def main(blocks: int, windows: int, length: int, model: Path | None, worker: Pat
     with tempfile.TemporaryDirectory() as scratch:
         folder = model or Path(scratch) / "model"
         if not (folder / "config.json").exists():
-            _write_random_model(folder, blocks)
+            write_random_model(folder, blocks)
         command = [
             sys.executable,
             __file__,
@@ -70,7 +70,8 @@ def main(blocks: int, windows: int, length: int, model: Path | None, worker: Pat
     click.echo(json.dumps(row, indent=1))
 
 
-def _write_random_model(folder: Path, blocks: int) -> None:
+def write_random_model(folder: Path, blocks: int) -> None:
+    """Writes a checkpoint of this shape with `blocks` blocks, one at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     hidden, neurons, vocab = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["vocab_size"]
     kv = hidden // SHAPE["num_attention_heads"] * SHAPE["num_key_value_heads"]

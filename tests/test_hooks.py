@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from circuitpress.anatomy import Block, read_anatomy
 from circuitpress.errors import CheckpointError
-from circuitpress.hooks import Captured, capture, gate, replace, self_test, unit_columns, weight_of
+from circuitpress.hooks import Captured, capture, emit, gate, replace, self_test, unit_columns, weight_of
 from circuitpress.stream import open_stream
 
 from .whole import blocks_of, linears, load, weight
@@ -77,6 +77,21 @@ def test_a_gate_rewrites_the_input(resident: Any) -> None:
     torch.testing.assert_close(changed - clean, moved, rtol=0, atol=1e-4)
     assert torch.equal(flow(seen[name])[0], halve(flow(plain[name])[0]))
     assert torch.equal(after, clean)
+    assert hooks_on(module) == 0
+
+
+def test_emit_rewrites_the_output(resident: Any) -> None:
+    """Zero out of both output projections: the block passes its input on."""
+    module, place, run = resident
+    x = states(module)
+    o, down = (place.local(place.role(role)) for role in ("o", "down"))
+    with torch.no_grad():
+        before = run(x)
+        with emit(module, o, torch.zeros_like), emit(module, down, torch.zeros_like):
+            assert torch.equal(run(x), x)
+        with emit(module, down, lambda y: y + 1):
+            torch.testing.assert_close(run(x), before + 1)
+        assert torch.equal(run(x), before)
     assert hooks_on(module) == 0
 
 

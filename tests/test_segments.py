@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from circuitpress.anatomy import Anatomy, Matrix, read_anatomy
 from circuitpress.formats import parse
-from circuitpress.segments import groups_of, split_protected
+from circuitpress.segments import groups_of, split_protected, unit_weights
 from circuitpress.units import Group, Prices, UnitId
 
 FORMATS = ("int2g16", "int4g64", "float32")
@@ -132,6 +132,22 @@ def test_protected_units_are_cut_out(name: str, data: st.DataObject) -> None:
                     expected[(i, slice(None)) if axis == "rows" else (slice(None), i)] = 1
             np.testing.assert_array_equal(protected[matrix.module], expected)
     check_totals(prices, split)
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_the_weights_of_units(name: str, data: st.DataObject) -> None:
+    """The cells that protection would cut out, neurons where they are."""
+    anatomy = ANATOMIES[name]
+    block = data.draw(st.sampled_from(anatomy.blocks))
+    units = data.draw(st.lists(st.sampled_from(block.units()), max_size=8, unique=True))
+    found = unit_weights(block, units)
+    for matrix in block.matrices:
+        cells = {cell for unit in units for cell in expected_cells(anatomy, unit, matrix, unit.index)}
+        axis, indices = found.get(matrix.role, ("rows", ()))
+        assert {(axis, i) for i in indices} == cells
+        assert list(indices) == sorted(set(indices))
 
 
 def check_totals(prices: Prices, split: Prices) -> None:

@@ -1,10 +1,11 @@
 """The one hook mechanism: capture, gate and replace inside a resident decoder block, with a self-test.
 
-Everything that looks into a model or intervenes in it goes through three context managers over plain torch hooks, which
+Everything that looks into a model or intervenes in it goes through four context managers over plain torch hooks, which
 are removed in `finally`:
 
 - `capture` records input and output of named linear maps,
 - `gate` rewrites the input of one linear map (a head is a run of columns of `o`, a neuron is one column of `down`),
+- `emit` rewrites the output of one,
 - `replace` swaps the weights of linear maps.
 
 Hooks that silently do nothing are the recurring fault of tools in this field (a renamed module, a fused path, an
@@ -59,6 +60,20 @@ def gate(module: nn.Module, name: str, rewrite: Callable[[Tensor], Tensor]) -> I
         return (rewrite(args[0]), *args[1:])
 
     handle = module.get_submodule(name).register_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def emit(module: nn.Module, name: str, rewrite: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Passes the output [..., rows] of the submodule `name` through `rewrite`, which must return a new tensor."""
+
+    def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:  # noqa: ARG001
+        return rewrite(output)
+
+    handle = module.get_submodule(name).register_forward_hook(after)
     try:
         yield
     finally:

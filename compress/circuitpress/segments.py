@@ -14,7 +14,7 @@ import numpy as np
 
 from .anatomy import Anatomy, Block, Matrix
 from .formats import parse
-from .units import Group, Prices, Segment, UnitId
+from .units import Axis, Group, Prices, Segment, UnitId
 
 Granularity = Literal["matrix", "unit"]
 
@@ -114,6 +114,23 @@ def split_protected(prices: Prices, units: Sequence[UnitId], anatomy: Anatomy) -
         stderr=prices.stderr[rows] * share,
         neuron_order=order,
     )
+
+
+def unit_weights(block: Block, units: Sequence[UnitId]) -> dict[str, tuple[Axis, tuple[int, ...]]]:
+    """Role of a matrix -> axis and indices of the rows (columns of `o` and `down`) that protecting `units` keeps.
+
+    A head counts the keys and values it reads as its own, as `split_protected` does. ValueError for a unit that does
+    not exist or owns no weights.
+    """
+    found: dict[str, tuple[Axis, tuple[int, ...]]] = {}
+    neurons = tuple(sorted(unit.index for unit in units if unit.kind == "neuron"))
+    for matrix in block.matrices:
+        runs = _protected_runs(block, matrix, units, len(neurons))
+        inside = matrix.role in ("gate", "up", "down")
+        indices = neurons if inside else tuple(sorted({i for start, stop in runs for i in range(start, stop)}))
+        if indices:
+            found[matrix.role] = ("cols" if matrix.role in ("o", "down") else "rows", indices)
+    return found
 
 
 def _protected_runs(

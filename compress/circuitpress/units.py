@@ -96,8 +96,10 @@ class Scores:
     """How much the model relies on each unit, by one method.
 
     `values[n]` are nats per predicted token that the model loses without unit n, `stderr[n]` their standard error over
-    sequences; `evidence` says what kind of claim that is: `causal` (an intervention was measured), `gradient` (an
-    estimate from derivatives) or `correlational`. `provenance` holds model, data and settings.
+    sequences. Scores of a behavior are metric(changed) - metric(clean), over its pairs: a unit that it needs is below
+    zero, and `provenance["value"]` names the measure. `evidence` says what kind of claim that is: `causal` (an
+    intervention was measured), `gradient` (an estimate from derivatives) or `correlational`. `provenance` holds model,
+    data and settings.
     """
 
     method: str
