@@ -3,13 +3,23 @@
 `write_report` reads only files of the run folder and loads no model; the page needs no script, no network and no fonts.
 """
 
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from ..files import write_bytes_atomic
 from .read import read_run
 
-__all__ = ["write_report"]
+__all__ = ["write_audit", "write_report"]
+
+
+def write_audit(document: Mapping[str, Any], path: Path) -> Path:
+    """Writes the page of an audit (the content of audit.json) to `path` and returns it."""
+    # matplotlib is imported when a page is drawn, and not by `circuitpress --help`, which would pay 0.3 s for it.
+    from .audited import build_audit
+
+    return _write(path, "audit.html.j2", build_audit(document))
 
 
 def write_report(folder: Path) -> Path:
@@ -18,16 +28,18 @@ def write_report(folder: Path) -> Path:
     Sections whose files are missing say which command makes them. The same files give the same bytes. Raises
     CircuitpressError if there is no plan yet.
     """
-    # Imported here: matplotlib takes 0.3 s that `circuitpress --help` would pay for.
-    from jinja2 import Environment, StrictUndefined
-
     from .page import build_context
+
+    return _write(folder / "report.html", "template.html.j2", build_context(read_run(folder)))
+
+
+def _write(path: Path, template: str, context: Mapping[str, Any]) -> Path:
+    from jinja2 import Environment, StrictUndefined
 
     files = resources.files(__name__)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files.joinpath("template.html.j2").read_text(encoding="utf-8"))
+    page = environment.from_string(files.joinpath(template).read_text(encoding="utf-8"))
     style = files.joinpath("style.css").read_text(encoding="utf-8")
-    page = template.render(build_context(read_run(folder)), style=style)
-    path = folder / "report.html"
-    write_bytes_atomic(path, page.encode())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes_atomic(path, page.render(context, style=style).encode())
     return path
