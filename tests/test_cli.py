@@ -53,7 +53,10 @@ def test_help_is_fast_and_loads_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert time.monotonic() - started < 1
     assert done.returncode == 0, done.stderr
-    assert COMMANDS == ["apply", "bench quality", "check", "diff", "eval", "plan", "report", "run", "score"]
+    looks = ["circuit find", "circuit verify", "inspect", "sae features", "sae score", "sae steer", "sae train"]
+    compares = ["audit", "bench quality", "diff", "eval", "monitor check", "monitor fit"]
+    steps = ["apply", "check", "plan", "report", "run", "score"]
+    assert sorted(looks + compares + steps) == COMMANDS
     assert all(f"\n  {name} " in done.stdout for name in cli.commands)
 
 
@@ -231,8 +234,8 @@ def test_bad_input_is_one_screen(
 
 def test_every_command_line_hint_of_the_library_parses() -> None:
     """Hints name commands and options; a renamed option must not leave a wrong one behind."""
-    hints = re.compile(r"circuitpress (run|score|plan|apply|eval|check|report|diff|bench)\b[^\"\n;]*")
-    options = {option for command in LEAVES.values() for p in command.params for option in p.opts}
+    hints = re.compile(rf"circuitpress ({'|'.join(cli.commands)})\b[^\"\n;]*")
+    options = {option for command in LEAVES.values() for p in command.params for option in (*p.opts, *p.secondary_opts)}
     files = sorted((Path(__file__).parents[1] / "compress").glob("**/*.py"))
     assert len(files) > 20
     for path in files:

@@ -19,18 +19,19 @@ LIBRARY = ROOT / "compress" / "circuitpress"
 KERNELS = ROOT / "kernels" / "circuitpress_kernels"
 
 FLOORS = (
-    ("units", "files", "errors", "formats", "menu", "recipe", "console"),
-    ("stream", "hooks", "anatomy", "assemble", "checkpoint", "data", "store", "widths"),
+    ("units", "files", "errors", "formats", "menu", "recipe", "console", "yamltext"),
+    ("stream", "hooks", "anatomy", "assemble", "behaviors", "checkpoint", "data", "store", "widths"),
     ("segments", "mech", "score", "quantize", "prune", "evaluate", "runtime"),
     ("apply", "refine", "audit", "outer", "price", "plan", "probe", "rounding"),
     ("run", "report", "export", "bench"),
-    ("cli", "__main__"),
+    ("cli", "auditing", "circuitry", "command", "microscope", "__main__"),
 )
 ARROWS = {
     "files": {"errors"},
     "units": {"errors", "files"},
     "formats": {"errors", "units"},
-    "recipe": {"errors", "files", "menu"},
+    "recipe": {"errors", "files", "menu", "yamltext"},
+    "yamltext": {"errors"},
     "console": {"errors"},
     "anatomy": {"checkpoint"},
     "assemble": {"anatomy", "checkpoint"},
@@ -38,7 +39,8 @@ ARROWS = {
     "hooks": {"anatomy"},
     "stream": {"anatomy", "checkpoint", "hooks", "store"},
     "evaluate": {"runtime"},
-    "score": {"evaluate"},
+    "score": {"evaluate", "quantize", "segments"},
+    "mech": {"evaluate", "score"},
     "prune": {"score"},
     "price": {"outer"},
     "apply": {"outer", "price", "rounding"},
@@ -46,12 +48,16 @@ ARROWS = {
     "probe": {"outer", "price", "rounding"},
     "run": {"report", "export"},
     "bench": {"run"},
+    "auditing": {"command"},
+    "circuitry": {"command"},
+    "microscope": {"command"},
+    "cli": {"auditing", "circuitry", "command", "microscope"},
     "__main__": {"cli"},
 }
 # The package itself loads one private module, which sees the runtime only when transformers is there.
 PACKAGE = {"__init__": {"_register"}, "_register": {"runtime"}}
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-TORCH_FREE = ("units", "files", "errors", "recipe", "console", "anatomy", "plan", "report", "cli")
+TORCH_FREE = ("units", "files", "errors", "recipe", "console", "anatomy", "plan", "report", "cli", "command")
 USES_KERNELS = {"runtime", "formats", "quantize"}
 MOST_LINES = 400
 

@@ -8,59 +8,23 @@ Exit codes: 0 ok, 1 failure, 2 usage or recipe, 3 infeasible budget, 4 quality g
 """
 
 import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import click
 
 from . import __version__
+from .auditing import audit, monitor
+from .circuitry import circuit
+from .command import FOLDER as _FOLDER
+from .command import HELP as _HELP
+from .command import Failure as _Failure
+from .command import command as _command
+from .command import device as _device
 from .console import Console
 from .errors import CircuitpressError
+from .microscope import inspect, sae
 
-_HELP = {"help_option_names": ["-h", "--help"]}
-_FOLDER = click.Path(path_type=Path)
-
-
-class _Failure(click.ClickException):
-    """Carries any failure of a command, with the console that shows it, through click to `main`."""
-
-    def __init__(self, error: BaseException, console: Console) -> None:
-        super().__init__(str(error))
-        self.error = error
-        self.console = console
-
-
-def _command(*examples: str) -> Callable[[Callable[..., None]], click.Command]:
-    """Makes a command of a function whose first argument is the Console; adds the common options and the examples."""
-
-    def wrap(function: Callable[..., None]) -> click.Command:
-        @wraps(function)
-        def call(*, json: bool, quiet: bool, debug: bool, **values: Any) -> None:
-            console = Console(quiet=quiet, json=json, debug=debug)
-            try:
-                with console.listening():
-                    function(console, **values)
-            except (click.ClickException, click.Abort, click.exceptions.Exit):
-                raise
-            except (Exception, KeyboardInterrupt) as error:
-                raise _Failure(error, console) from error
-
-        epilog = "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples)
-        name = function.__name__.removesuffix("_")
-        command = click.command(name, epilog=epilog, context_settings=_HELP)(call)
-        command.params += [
-            click.Option(["--json"], is_flag=True, help="Print one JSON document on stdout instead of a table."),
-            click.Option(["--quiet"], is_flag=True, help="No progress on stderr; errors are still shown."),
-            click.Option(["--debug"], is_flag=True, help="Show the log on stderr, and tracebacks."),
-        ]
-        return command
-
-    return wrap
-
-
-_device = click.option("--device", help="auto, cpu, cuda, cuda:1, mps. Default: what the recipe says, else auto.")
 _set = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key of the recipe.")
 _restart = click.option("--restart", is_flag=True, help="Throw away what an earlier run left in the folder.")
 
@@ -101,17 +65,26 @@ def run(
 
 
 @cli.add_command
-@_command("circuitpress check path/to/checkpoint", "circuitpress check user/name@revision --json")
+@_command(
+    "circuitpress check path/to/checkpoint",
+    "circuitpress check user/name@revision --json",
+    "circuitpress check path/to/checkpoint --behaviors recipes/behaviors/builtin.yaml",
+)
 @click.argument("model")
+@click.option("--behaviors", type=_FOLDER, help="A file of behaviors: say which of them the model can do.")
 @_device
-def check(console: Console, model: str, device: str | None) -> None:  # noqa: ARG001 (nothing is computed)
+def check(console: Console, model: str, behaviors: Path | None, device: str | None) -> None:
     """Say whether a model is supported and what a run needs.
 
-    Prints its parts, memory and disk. Reads config.json and safetensors headers, no weights.
+    Prints its parts, memory and disk. Reads config.json and safetensors headers, no weights; with --behaviors it runs
+    their prompts and prints what the model can do instead.
     """
-    from .run import check_model
+    from .run import check_behaviors, check_model
 
-    console.result(*check_model(model))
+    if behaviors is not None:
+        console.result(*check_behaviors(model, behaviors, console, device=device))
+    else:
+        console.result(*check_model(model))
 
 
 @cli.add_command
@@ -273,6 +246,13 @@ def quality(console: Console, device: str | None, **options: Any) -> None:  # no
     from .bench import compare_from_options
 
     console.result(*compare_from_options(console, **options))
+
+
+cli.add_command(circuit)
+cli.add_command(sae)
+cli.add_command(inspect)
+cli.add_command(audit)
+cli.add_command(monitor)
 
 
 def _device_override(device: str | None) -> list[str]:

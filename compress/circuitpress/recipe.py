@@ -10,9 +10,9 @@
 import difflib
 import json
 import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import yaml
 from pydantic import (
@@ -29,6 +29,7 @@ from pydantic import (
 
 from .errors import RecipeError
 from .menu import FORMAT, MENU, NAMES, OUTER_FORMAT, PROBES
+from .yamltext import read_yaml
 
 BUDGET = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(bpw|%|[kMG]?B|[KMG]iB)")
 
@@ -179,6 +180,21 @@ class Refine(_Section):
     """Windows that the original itself writes, to learn from beside the calibration text."""
 
 
+class KeptBehavior(_Section):
+    """A behavior that the compressed model must still have."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]
+    """Its name in the file."""
+    file: LocalFile
+    """YAML or JSON lines; `circuitpress check MODEL --behaviors FILE` shows what is in it."""
+    keep: float = Field(default=0.98, gt=0, le=1)
+    """Share of what the original does that must be left, on pairs that nothing was fitted to; else exit code 4."""
+    of: Literal["accuracy", "margin"] = "accuracy"
+    """What the share is of: right decisions, or their mean margin (a difference of logits or log-probabilities)."""
+    weight: float = Field(default=1.0, ge=0)
+    """How much a prediction of the behavior weighs against one of the text when weights are rounded and refined."""
+
+
 class Evaluate(_Section):
     """What is measured at the end, and what must be reached."""
 
@@ -208,6 +224,8 @@ class Recipe(_Section):
     """A checkpoint folder, or a Hub id with an optional @revision."""
     data: Data = Data()
     score: Score = Score()
+    behaviors: tuple[KeptBehavior, ...] = ()
+    """What the compressed model must still be able to do."""
     plan: Plan = Plan()
     prune: Prune = Prune()
     quantize: Quantize = Quantize()
@@ -237,7 +255,7 @@ class Recipe(_Section):
     @classmethod
     def parse(cls, text: str, *, name: str, folder: Path, overrides: Sequence[str] = ()) -> Self:
         """The recipe in a YAML text; `name` appears in messages, relative paths start at `folder`."""
-        document = _read_yaml(text, name)
+        document = read_yaml(text, name)
         if not isinstance(document, dict):
             raise RecipeError([f"{name}: a recipe is a mapping of keys, found {_kind(document)}"], hint=_STARTER)
         problems = [problem for override in overrides if (problem := _apply_override(document, override))]
@@ -285,41 +303,13 @@ def known_keys() -> list[str]:
     return keys
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """safe_load that refuses a key which appears twice in one mapping."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: dict[object, int] = {}
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, (str, int, float)) and key in seen:
-                message = f"the key {key!r} appears twice, first in line {seen[key]}"
-                raise yaml.constructor.ConstructorError(None, None, message, key_node.start_mark)
-            if isinstance(key, (str, int, float)):
-                seen[key] = key_node.start_mark.line + 1
-        return super().construct_mapping(node, deep=deep)
-
-
-def _read_yaml(text: str, name: str) -> object:
-    try:
-        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a subclass of SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
-        lines = text.splitlines()
-        shown = f"\n  {lines[mark.line]}\n  {' ' * mark.column}^" if mark and mark.line < len(lines) else ""
-        raise RecipeError([f"{where}: {error.problem}{shown}"], hint="fix this line of the recipe") from error
-    except yaml.YAMLError as error:
-        raise RecipeError([f"{name}: not YAML: {error}"], hint=_STARTER) from error
-
-
 def _apply_override(document: dict[str, object], override: str) -> str | None:
     """Sets one `key=value` in `document`; returns the problem, if there is one."""
     key, equals, value = override.partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
         return f"--set {override}: expected key=value, such as --set plan.budget=2.5bpw"
     try:
-        parsed = _read_yaml(value, f"--set {key}")
+        parsed = read_yaml(value, f"--set {key}")
     except RecipeError as error:
         return error.message
     *sections, leaf = key.split(".")
@@ -336,13 +326,21 @@ def _apply_override(document: dict[str, object], override: str) -> str | None:
 
 def _resolve_paths(document: Mapping[str, object], folder: Path) -> dict[str, object]:
     """A copy of a recipe in which relative paths start at `folder`; a model that is no folder there stays as it is."""
+
+    def resolved(section: object, *keys: str) -> object:
+        if not isinstance(section, dict):
+            return section
+        texts = {key: section[key] for key in keys if isinstance(section.get(key), str)}
+        return section | {key: (folder / Path(text).expanduser()).resolve() for key, text in texts.items()}
+
     result = dict(document)
-    model, data = result.get("model"), result.get("data")
+    model, behaviors = result.get("model"), result.get("behaviors")
     if isinstance(model, str) and (model.startswith((".", "~")) or (folder / model).exists()):
         result["model"] = str((folder / Path(model).expanduser()).resolve())
-    if isinstance(data, dict):
-        texts = {key: data[key] for key in ("calibration", "test") if isinstance(data.get(key), str)}
-        result["data"] = data | {key: (folder / Path(text).expanduser()).resolve() for key, text in texts.items()}
+    if "data" in result:
+        result["data"] = resolved(result["data"], "calibration", "test")
+    if isinstance(behaviors, list):
+        result["behaviors"] = [resolved(entry, "file") for entry in behaviors]
     return result
 
 

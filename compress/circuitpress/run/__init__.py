@@ -3,6 +3,7 @@
 `commands` is what the command line calls; `stages` is the order of work; `folder` keeps what was done.
 """
 
+from .behaviors import check_behaviors
 from .commands import (
     apply_plan,
     check_model,
@@ -18,6 +19,7 @@ from .stages import check_gates
 
 __all__ = [
     "apply_plan",
+    "check_behaviors",
     "check_gates",
     "check_model",
     "compare_plans",

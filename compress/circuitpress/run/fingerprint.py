@@ -32,6 +32,9 @@ def take_fingerprints(recipe: Recipe, folder: Path) -> dict[str, Any]:
     prints |= {f"weights.{name}": digest for name, digest in digest_checkpoint(folder).items()}
     prints["text.data.calibration"] = text_digest(recipe.data.calibration)
     prints["text.data.test"] = text_digest(recipe.data.test) if recipe.data.test else None
+    # Where a file of behaviors lies is free, what is in it is not.
+    prints["recipe.behaviors"] = [b.model_dump(mode="json", exclude={"file"}) for b in recipe.behaviors]
+    prints |= {f"text.behaviors.{b.name}": sha256(b.file) for b in recipe.behaviors}
     prints["code.version"] = __version__
     return prints
 

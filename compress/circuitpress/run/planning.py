@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import InfeasibleBudget, RecipeError
 from ..files import write_bytes_atomic
-from ..plan import Curve, Problem, make_plan, pareto, pose, solve, thin, write_plan
+from ..plan import Constraint, Curve, Problem, make_plan, pareto, pose, solve, thin, write_plan
 from ..plan.constraints import rules
 from ..plan.outside import AUTO
 from ..recipe import Recipe
@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 FRONT = 400
 """Points of the front that are kept: finer than a plot can show, and not 10 000 with unit-wise prices."""
 
-LATER = ("swap", "apply", "refine", "evaluate", "report")
+LATER = ("keep", "swap", "apply", "refine", "evaluate", "report")
 """Stages whose results hold for one plan only."""
+MADE_FROM_PLAN = ("behaviors.json", "swaps.json", "shards", "model", "refine.json", "evaluate", "report.html")
+"""What those stages write."""
 
 
 def plan_and_front(session: "circuitpress.run.session.Session") -> tuple[Plan, list[dict[str, Any]]]:
@@ -96,8 +98,13 @@ def _stand_in(groups: Sequence[Group], formats: Sequence[str], nbytes: NDArray[n
 
 
 def block_prices(session: "circuitpress.run.session.Session") -> Prices:
-    """The prices of decoder blocks as the plan needs them: formats on offer, protected units cut out."""
-    return _cut_out(_on_offer(session.prices), session)
+    """The prices of decoder blocks as the plan needs them."""
+    return on_offer(session.prices, session)
+
+
+def on_offer(prices: Prices, session: "circuitpress.run.session.Session") -> Prices:
+    """A table of prices with the formats on offer alone and protected units cut out."""
+    return _cut_out(_on_offer(prices), session)
 
 
 def correction(session: "circuitpress.run.session.Session") -> Curve | None:
@@ -105,17 +112,24 @@ def correction(session: "circuitpress.run.session.Session") -> Curve | None:
     return Curve.fit(session.probes) if session.probes else None
 
 
-def pose_problem(prices: Prices, session: "circuitpress.run.session.Session", outer: Prices | None) -> Problem:
-    """What the recipe asks of the planner, for the tables of blocks and of embedding and lm_head."""
+def pose_problem(
+    prices: Prices, session: "circuitpress.run.session.Session", outer: Prices | None, *,
+    constraints: Sequence[Constraint] = (), budget: str | None = None,
+) -> Problem:  # fmt: skip
+    """What the recipe asks of the planner, for the tables of blocks and of embedding and lm_head.
+
+    `constraints` are further rules on `prices`; `budget` takes the place of the recipe's.
+    """
     recipe, anatomy = session.recipe.plan, session.anatomy
     fixed = recipe.outer if recipe.outer == AUTO else session.names([recipe.outer])[0]
     return pose(
         prices,
-        budget=recipe.budget,
+        budget=budget or recipe.budget,
         target=recipe.target,
         protect=session.protect,
         floors=recipe.floors,
         other_bytes=anatomy.other_bytes + anatomy.header_bytes - (anatomy.outer_bytes if outer else 0),
+        constraints=constraints,
         outer=outer,
         outer_format=fixed,
     )
@@ -151,7 +165,9 @@ def plan_again(session: "circuitpress.run.session.Session", recipe: Recipe) -> N
     folder = session.folder
     if not _is_present(session.path, plan):
         folder.forget("plan", *LATER)
-        clear(session.path, ("swaps.json", "shards", "model", "refine.json", "evaluate", "report.html"))
+        clear(
+            session.path, ("behaviors.json", "swaps.json", "shards", "model", "refine.json", "evaluate", "report.html")
+        )
         plan.save(session.path / "plan.json")
     session.write("pareto.json", front)
     write_bytes_atomic(session.path / "recipe.yaml", recipe.to_yaml().encode())

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..errors import CircuitpressError
-from ..refine import RECORD, continuations, memory, packed_numel, refine, write_refined
+from ..refine import RECORD, Lesson, continuations, memory, packed_numel, refine, write_refined
+from .keeping import prompts
 from .session import Session
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ def refine_model(session: Session) -> None:
                 windows = torch.cat([windows, own])
             result = refine(
                 folder, session.original, windows, held_out.ids, steps=settings.steps, seed=session.recipe.data.seed,
+                lessons=[Lesson(*prompts(kept.watched), kept.weight) for kept in session.kept if kept.weight],
                 advance=advance,
             )  # fmt: skip
         record = result.to_json()

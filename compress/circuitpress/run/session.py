@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import transformers
 
     import circuitpress.data
+    import circuitpress.run.keeping
     import circuitpress.stream
 
 log = logging.getLogger(__name__)
@@ -173,6 +174,13 @@ class Session:
             return patterns
         stay = {int(layer): kinds for layer, kinds in pruned["stay"].items()}
         return translate(patterns, self.original_anatomy, stay)
+
+    @cached_property
+    def kept(self) -> "tuple[circuitpress.run.keeping.Kept, ...]":
+        """The behaviors that the recipe wants kept."""
+        from .keeping import load_kept
+
+        return load_kept(self) if self.recipe.behaviors else ()
 
     @cached_property
     def prices(self) -> Prices:

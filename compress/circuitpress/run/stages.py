@@ -20,6 +20,7 @@ Everything heavy (windows, the stream) is made when a stage first asks for it, s
 loads no weights.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,10 +30,13 @@ from ..errors import QualityGateMissed
 from ..recipe import Recipe
 from ..units import Plan, Probe
 from .folder import full_disk_is_an_error
+from .keeping import judge, keep, price_behaviors, price_hessians
 from .planning import front_plans, plan_again
 from .pruning import prune_model
 from .session import Session
 from .swapping import swap
+
+log = logging.getLogger(__name__)
 
 EXACT_WINDOWS = 16
 """Windows for single changes: there are many of them, and their rank needs less precision than the probes' KL."""
@@ -62,7 +66,8 @@ def execute(session: Session, names: Sequence[str]) -> None:
 
 
 def _check(session: Session) -> None:
-    len(session.windows)  # a text that cannot be read or is too short says so here
+    # A text or behavior that cannot be read says so here, before anything is computed.
+    log.info("%d windows of text, %d behaviors", sum(len(w.ids) for w in session.windows), len(session.kept))
     session.write("anatomy.json", session.original_anatomy.to_json())
 
 
@@ -76,11 +81,12 @@ def _score(session: Session) -> None:
 
     recipe, (calibration, held_out, test) = session.recipe, session.windows
     formats = session.names([*recipe.plan.formats, *_uniform(recipe)])
+    beside = price_hessians(session)
     with session.console.progress("score", len(session.anatomy.blocks)) as advance:
         scores, prices = price(
             session.stream, calibration.ids, formats=formats, granularity=recipe.plan.granularity,
             draws=recipe.score.draws, seed=recipe.data.seed, folder=session.path / "pricing",
-            outer=session.outer_menu(), advance=advance,
+            outer=session.outer_menu(), beside=beside, advance=advance,
         )  # fmt: skip
     provenance = {
         "model": recipe.model,
@@ -95,6 +101,7 @@ def _score(session: Session) -> None:
         outer.save(session.path / "outer.safetensors")
     replace(scores, provenance=scores.provenance | provenance).save(session.path / "scores.safetensors")
     replace(prices, provenance=prices.provenance | provenance).save(session.path / "prices.safetensors")
+    price_behaviors(session, formats)
 
 
 def _exact(session: Session) -> None:
@@ -133,6 +140,10 @@ def _plan(session: Session) -> None:
     plan_again(session, session.recipe)
 
 
+def _keep(session: Session) -> None:
+    keep(session)
+
+
 def _swap(session: Session) -> None:
     swap(session)
 
@@ -162,6 +173,8 @@ def _evaluate(session: Session) -> None:
     model = session.open(session.path / "model")
     with session.console.progress("evaluate", 2 * len(session.anatomy.blocks)) as advance:
         result = fidelity(model, session.original, test.ids, advance=advance)
+    if session.kept:
+        session.write("evaluate/behaviors.json", judge(session))
     session.write("evaluate/fidelity.json", result.to_json() | {"text": test.describe()})
 
 
@@ -178,6 +191,7 @@ STAGES = (
     Stage("exact", _exact, ("exact.json",)),
     Stage("probe", _probe, ("probes.json",)),
     Stage("plan", _plan, ("plan.json", "pareto.json")),
+    Stage("keep", _keep, ("behaviors.json", "plan.json")),
     Stage("swap", _swap, ("swaps.json", "plan.json")),
     Stage("apply", _apply, ("model/config.json",)),
     Stage("refine", _refine, ("refine.json",)),
@@ -200,5 +214,13 @@ def check_gates(recipe: Recipe, fidelity: dict[str, Any]) -> None:
         missed.append(f"KL is {fidelity['kl']:.4g} nats per token, evaluate.max_kl is {gates.max_kl:g}")
     if gates.min_top1 is not None and not fidelity["top1_agreement"] >= gates.min_top1:
         missed.append(f"top-1 agreement is {fidelity['top1_agreement']:.4f}, evaluate.min_top1 is {gates.min_top1:g}")
+    missed += [_lost(row, fidelity["behaviors_take"]) for row in fidelity.get("behaviors", []) if not row["kept"]]
     if missed:
         raise QualityGateMissed("\n".join(missed), hint="the model was written; give a larger budget for a better one")
+
+
+def _lost(row: dict[str, Any], takes: str | None) -> str:
+    """What to say of a behavior below its floor."""
+    before, after = row[f"reference_{row['of']}"], row[row["of"]]
+    text = f"behavior {row['name']}: {row['of']} is {after:.3g}, of {before:.3g} keep is {row['keep']:g}"
+    return text + (f"; plans kept all behaviors at {takes}" if takes else "")

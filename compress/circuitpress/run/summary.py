@@ -15,6 +15,10 @@ def summarize(folder: RunFolder, model: str) -> dict[str, Any]:
     plan = Plan.load(folder.path / "plan.json")
     fidelity = json.loads((folder.path / "evaluate" / "fidelity.json").read_text())
     anatomy = json.loads((folder.path / "anatomy.json").read_text())
+    judged, planned = folder.path / "evaluate" / "behaviors.json", folder.path / "behaviors.json"
+    if judged.exists():
+        fidelity["behaviors"] = json.loads(judged.read_text())
+        fidelity["behaviors_take"] = json.loads(planned.read_text())["takes"]
     return fidelity | {
         "model": model,
         "out": str(folder.path),
@@ -48,6 +52,7 @@ def render_run(document: dict[str, Any]) -> str:
             table(f"{name} at {d['budget']}", rows),
             "",
             kl_lines(d),
+            *_behavior_lines(d.get("behaviors", [])),
             "",
             f"{d['tokens']} test tokens; the run took {d['seconds']:.1f} s",
             "",
@@ -55,6 +60,18 @@ def render_run(document: dict[str, Any]) -> str:
             f"report  {d['report']}",
         ]
     )
+
+
+def _behavior_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """What is left of the behaviors that the recipe names."""
+    if not rows:
+        return []
+    lines = [("on prompts that nothing was fitted to", "before", "after", "keep", "")]
+    for row in rows:
+        before, after = row[f"reference_{row['of']}"], row[row["of"]]
+        verdict = "kept" if row["kept"] else "LOST"
+        lines.append((row["name"], f"{before:.3g}", f"{after:.3g}", f"{row['keep']:g}", verdict))
+    return ["", table("behaviors", lines)]
 
 
 def kl_lines(document: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..console import Advance
 from ..plan import Measure, Problem, Swaps, improve, solve, write_plan
+from .keeping import caps
 from .planning import block_prices, correction, digest_plan, pose_problem, with_drops
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ TOKENS = 6144
 
 def swap(session: "circuitpress.run.session.Session") -> None:
     """Improves plan.json by measured swaps and writes what was measured to swaps.json."""
-    problem, curve = pose_problem(block_prices(session), session, session.outer), correction(session)
+    problem = pose_problem(block_prices(session), session, session.outer, constraints=caps(session))
+    curve = correction(session)
     solution = solve(problem.prices, problem.constraints)
     plan = with_drops(write_plan(problem, solution, curve=curve), session)
     found = Swaps(solution.choice, None, None, 0, ())

@@ -1,0 +1,166 @@
+"""Behaviors that a run keeps: priced, capped in the plan, judged on other prompts than it was planned on."""
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from circuitpress.behaviors import load_behaviors
+from circuitpress.console import Console
+from circuitpress.errors import CircuitpressError, QualityGateMissed, RecipeError
+from circuitpress.plan import Problem
+from circuitpress.recipe import Recipe
+from circuitpress.run import check_gates, keeping, replan, run_recipe
+from circuitpress.run.folder import open_folder
+from circuitpress.run.keeping import Level, _table, load_kept
+from circuitpress.run.session import Session
+from circuitpress.score.ability import behavior_values
+from circuitpress.stream import open_stream
+from circuitpress.units import Plan
+
+MakeRecipe = Callable[..., Recipe]
+
+
+@pytest.fixture(scope="module")
+def pairs(text: str) -> list[dict[str, str]]:
+    words = text.split()
+    draw = np.random.default_rng(3)
+    return [{key: " ".join(draw.choice(words, 6)) for key in ("good", "bad")} for _ in range(40)]
+
+
+@pytest.fixture(scope="module")
+def file(tiny_llama: Path, pairs: list[dict[str, str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sentences of which the tiny model prefers the good one."""
+    path = tmp_path_factory.mktemp("behaviors") / "likes.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in pairs))
+    (behavior,) = load_behaviors(path, AutoTokenizer.from_pretrained(tiny_llama))
+    _, margins = behavior_values(open_stream(tiny_llama), behavior)
+    turned = [row if m > 0 else {"good": row["bad"], "bad": row["good"]} for row, m in zip(pairs, margins, strict=True)]
+    path.write_text("\n".join(json.dumps(row) for row in turned))
+    return path
+
+
+def recipe_of(make_recipe: MakeRecipe, model: Path, text: Path, file: Path, **changes: object) -> Recipe:
+    entry = {"name": "likes", "file": str(file), "keep": 0.99, "of": "margin"} | changes
+    extra = {"behaviors": [entry], "plan.budget": "3.2bpw", "plan.swaps": 0, "score.exact": 0.0, "plan.probes": []}
+    extra |= {"plan.formats": ["int2", "int3", "int4", "int5", "int6", "int8"]}
+    return make_recipe(model, text, **extra)
+
+
+@pytest.fixture(scope="module")
+def kept(
+    make_recipe: MakeRecipe, tiny_llama: Path, text_file: Path, file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Recipe, Path]:
+    recipe = recipe_of(make_recipe, tiny_llama, text_file, file)
+    out = tmp_path_factory.mktemp("kept") / "run"
+    run_recipe(recipe, out, Console(err=io.StringIO(), out=io.StringIO()))
+    return recipe, out
+
+
+def test_halves_are_disjoint_and_cover_everything(kept: tuple[Recipe, Path], console: Console) -> None:
+    recipe, out = kept
+    with open_folder(out, create=False) as folder:
+        (entry,) = load_kept(Session(folder, recipe, console))
+    rows = [{tuple(row) for row in half.pairs.good.tolist()} for half in (entry.watched, entry.judged)]  # pyright: ignore
+    assert [len(half) for half in rows] == [20, 20]
+    assert not rows[0] & rows[1]
+
+
+def test_caps_spend_less_on_the_behavior_within_the_same_bytes(kept: tuple[Recipe, Path], console: Console) -> None:
+    recipe, out = kept
+    document = json.loads((out / "behaviors.json").read_text())
+    first, *later = document["rounds"]
+    assert first["caps"] == {}
+    assert first["missed"] == ["likes"]
+    assert later
+    assert document["caps"]["likes"] > 0
+    plan = Plan.load(out / "plan.json")
+    assert plan.bits_per_weight <= 3.2
+    assert any(text.startswith("likes: behavior likes loses at most") for text in plan.provenance["constraints"])
+    with open_folder(out, create=False) as folder:
+        session = Session(folder, recipe, console)
+        table = _table(session, session.kept[0])
+        formats = session.prices.formats
+    offered = [f for f in formats if f in plan.provenance["formats"]]
+    spent = sum(table[i, offered.index(d.format)] for i, d in enumerate(plan.decisions))
+    assert spent <= document["caps"]["likes"] * (1 + 1e-9)
+    unprotected = later[0]["caps"]["likes"] * 2
+    assert spent <= 0.5 * unprotected * (1 + 1e-9)
+    measured = [entry["measured"]["likes"]["margin"] for entry in document["rounds"]]
+    assert max(measured[1:]) > measured[0]
+
+
+def test_the_judge_is_the_model_that_was_written(kept: tuple[Recipe, Path], tiny_llama: Path, file: Path) -> None:
+    """Against the packed model and the original, on the half that nothing was fitted to."""
+    _, out = kept
+    (row,) = json.loads((out / "evaluate" / "behaviors.json").read_text())
+    (behavior,) = load_behaviors(file, AutoTokenizer.from_pretrained(tiny_llama))
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    judged = behavior.take(order[20:])
+    for folder, prefix in ((out / "model", ""), (tiny_llama, "reference_")):
+        _, margins = behavior_values(open_stream(folder), judged)
+        assert row[f"{prefix}margin"] == pytest.approx(margins.mean(), rel=1e-6)
+        assert row[f"{prefix}accuracy"] == (margins > 0).mean()
+    assert row["kept"] == (row["margin"] >= 0.99 * row["reference_margin"])
+
+
+def test_gates_name_the_behavior_and_what_it_takes() -> None:
+    row = {"name": "likes", "of": "accuracy", "keep": 0.9, "reference_accuracy": 1.0, "accuracy": 0.7, "kept": False}
+    fidelity = {"kl": 0.1, "top1_agreement": 0.9, "behaviors": [row], "behaviors_take": "3.30bpw"}
+    recipe = Recipe.parse("{}", name="r", folder=Path(), overrides=["model=gpt2"])
+    with pytest.raises(QualityGateMissed, match=r"likes: accuracy is 0.7, of 1 keep is 0.9; plans kept .* at 3.30bpw"):
+        check_gates(recipe, fidelity)
+    check_gates(recipe, fidelity | {"behaviors": [row | {"kept": True}]})
+
+
+def test_a_floor_out_of_reach_says_what_it_would_take(
+    kept: tuple[Recipe, Path], tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Larger budgets are measured in turn; here everything from 3.9 bits on keeps the behavior."""
+    recipe, out = kept
+    copy = Path(shutil.copytree(out, tmp_path / "run"))
+
+    def measure(session: Session, problem: Problem, choice: object) -> dict[str, Level]:
+        del session, choice
+        return {"likes": Level(20, 1.0, 20.0 if float(problem.budget.removesuffix("bpw")) >= 3.9 else 1.0)}
+
+    monkeypatch.setattr(keeping, "_measure", measure)
+    with open_folder(copy, create=False) as folder:
+        keeping.keep(Session(folder, recipe, console))
+    document = json.loads((copy / "behaviors.json").read_text())
+    assert document["missed"] == ["likes"]
+    assert document["takes"] == "4.00bpw"
+
+
+def test_another_budget_throws_away_what_was_kept_for_this_one(
+    kept: tuple[Recipe, Path], tmp_path: Path, console: Console
+) -> None:
+    copy = Path(shutil.copytree(kept[1], tmp_path / "run"))
+    replan(copy, console, budget="4bpw", target=None, protect=(), front=False)
+    assert not (copy / "behaviors.json").exists()
+    assert not (copy / "model").exists()
+
+
+def test_what_the_original_cannot_do_is_refused(
+    make_recipe: MakeRecipe, tiny_llama: Path, text_file: Path, file: Path, tmp_path: Path, console: Console
+) -> None:
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    turned = tmp_path / "dislikes.jsonl"
+    turned.write_text("\n".join(json.dumps({"good": row["bad"], "bad": row["good"]}) for row in rows))
+    recipe = recipe_of(make_recipe, tiny_llama, text_file, turned, name="dislikes")
+    with pytest.raises(CircuitpressError, match="dislikes: the original decides 0% of 20 pairs right, no better"):
+        run_recipe(recipe, tmp_path / "run", console)
+
+
+def test_a_name_that_the_file_does_not_hold(
+    make_recipe: MakeRecipe, tiny_llama: Path, text_file: Path, file: Path, tmp_path: Path, console: Console
+) -> None:
+    recipe = recipe_of(make_recipe, tiny_llama, text_file, file, name="loves")
+    with pytest.raises(RecipeError, match="has no 'loves'; it has likes"):
+        run_recipe(recipe, tmp_path / "run", console)
