@@ -161,6 +161,41 @@ def behavior() -> str:
     return _table(["checkpoint", "behavior", "priced on", "bits", "dense", "by matrix", "by unit"], lines)
 
 
+def protection() -> str:
+    """Mean logit difference of a trained circuit when few of its parts stay dense, by how they were chosen."""
+    rows = _select(_rows("protection.json"), grid="2-bit")
+    dense = np.mean([row["dense"] for row in rows])
+    lines = []
+    for (ranking,) in _keys(rows, "ranking"):
+        kept = [_mean(rows, "compressed", ranking=ranking, heads=heads) for heads in (0, 1, 2, 3)]
+        lines.append([ranking.replace("_", " "), *("" if np.isnan(value) else f"{value:.2f}" for value in kept)])
+    lines.append(["(dense)", f"{dense:.2f}", "", "", ""])
+    return _table(["which heads stay", "none", "1 head", "2 heads", "3 heads"], lines)
+
+
+def kept() -> str:
+    """Behaviors with and without being named in the recipe."""
+    rows = _rows("behaviors.json")
+    lines = []
+    for checkpoint, budget, refine, behavior in _keys(rows, "checkpoint", "budget", "refine", "behavior"):
+        key = {"checkpoint": checkpoint, "budget": budget, "refine": refine, "behavior": behavior}
+        plain, told = (_select(rows, **key, method=name)[0] for name in ("told nothing", "told to keep"))
+        margins = [plain["reference_margin"], plain["margin"], told["margin"]]
+        shares = [plain["reference_accuracy"], plain["accuracy"], told["accuracy"]]
+        what = f"{behavior}, {refine} steps" if refine else behavior
+        lines.append([checkpoint, what, budget, " / ".join(f"{value:.1%}" for value in shares)])
+        lines[-1] += [" / ".join(f"{value:.2f}" for value in margins), _change(told["kl"], plain["kl"])]
+    head = ["checkpoint", "behavior", "budget", "right: dense / told nothing / told to keep"]
+    return _table([*head, "margin: dense / told nothing / told to keep", "KL on text"], lines)
+
+
+def clock() -> str:
+    """CPU seconds beside other calibrated compressors."""
+    rows = _rows("clock.json")
+    lines = [[row["checkpoint"], row["method"], f"{row['cpu_seconds']:.1f}", f"{row['ratio']:.2f}"] for row in rows]
+    return _table(["checkpoint", "method", "CPU seconds", "against the fastest other"], lines)
+
+
 def speed() -> str:
     """Decode and prefill on a CPU."""
     lines = []
@@ -195,6 +230,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "exact": exact,
     "granularity": granularity,
     "behavior": behavior,
+    "protection": protection,
+    "kept": kept,
+    "clock": clock,
     "speed": speed,
     "memory": memory,
 }

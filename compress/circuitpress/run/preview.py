@@ -1,8 +1,9 @@
 """What a run will need, from config and headers alone: `circuitpress check`, and the disk check before any work.
 
 Memory, in the order of size on a large model: embeddings and lm_head stay resident; one block is resident with its
-weights, the Hessians of its inputs in float32, its codes in every format of the menu (one byte a weight) and what one
-micro-batch keeps for the backward pass; hidden states stay in memory up to a limit and then go to disk. The figure is
+weights, the Hessians of its inputs in float32, its codes in every format of the menu (one byte a weight), what one
+micro-batch keeps for the backward pass and, up to a limit, what all of them left; hidden states stay in memory up to a
+limit and then go to disk. The figure is
 an estimate, meant to be within a factor of 1.5: 0.9 GB were measured on the demo checkpoint where it says 0.8.
 """
 
@@ -17,6 +18,8 @@ from ..recipe import Recipe
 
 BASE = 500_000_000  # a process that has imported torch and transformers: 0.45 to 0.55 GB, measured on CPU
 STORE_LIMIT = 1 << 29  # hidden states kept in memory by each of the two stores of a pass
+FLOWS_LIMIT = 1 << 29  # inputs and gradients of matrices that pricing keeps (price.KEPT_FLOWS)
+HESSIANS_LIMIT = 1 << 28  # Hessians of all blocks, above which none is stored (price.KEPT_HESSIANS)
 LOGITS = 1 << 26  # four arrays of 2**22 float32
 BATCH_TOKENS = 4096  # of one micro-batch, the stream's default
 _ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -54,18 +57,21 @@ def estimate(anatomy: Anatomy, recipe: Recipe) -> Needs:
     gradients = recipe.score.draws * tokens * anatomy.hidden * item
     formats = len({*recipe.plan.formats, *recipe.plan.probes})
     saliency = 4 * tokens * sum(len(block.matrices) for block in anatomy.blocks)
+    flows = tokens * recipe.score.draws * item * max(_flow_width(block) for block in anatomy.blocks)
+    hessians = 4 * sum(matrix.cols**2 for block in anatomy.blocks for matrix in block.matrices)
     return Needs(
         memory={
             "process": BASE,
             "embeddings": anatomy.other_bytes * item // _ITEM[anatomy.dtype],
             "block": max(_block_bytes(block, item, formats) for block in anatomy.blocks),
             "activations": max(_activation_bytes(block, item, min(tokens, BATCH_TOKENS)) for block in anatomy.blocks),
+            "flows": min(flows, FLOWS_LIMIT),
             "states": min(states, STORE_LIMIT) + min(gradients, STORE_LIMIT),
             "logits": LOGITS,
         },
         disk={
             "model": _model_bytes(anatomy, recipe.plan.budget),
-            "prices": saliency,
+            "prices": saliency + (hessians if hessians <= HESSIANS_LIMIT else 0),
             "spilled states": max(0, states - STORE_LIMIT) + max(0, gradients - STORE_LIMIT),
         },
     )
@@ -78,9 +84,14 @@ def _block_bytes(block: Block, item: int, formats: int) -> int:
     return numel * (item + formats) + hessians + 8 * largest  # two float32 copies of the matrix that is being rounded
 
 
+def _flow_width(block: Block) -> int:
+    """Numbers a token in the inputs and output gradients of all matrices."""
+    return sum(matrix.rows + matrix.cols for matrix in block.matrices)
+
+
 def _activation_bytes(block: Block, item: int, tokens: int) -> int:
     """Inputs and outputs of all matrices of one micro-batch, and as much again for what lies between them."""
-    return 2 * tokens * item * sum(matrix.rows + matrix.cols for matrix in block.matrices)
+    return 2 * tokens * item * _flow_width(block)
 
 
 def _model_bytes(anatomy: Anatomy, budget: str) -> int:
