@@ -13,7 +13,7 @@ def test_limits_are_the_engines_own() -> None:
     """Written twice, since `check` loads no torch."""
     assert preview.FLOWS_LIMIT == price.KEPT_FLOWS
     assert preview.HESSIANS_LIMIT == price.KEPT_HESSIANS
-    assert preview.STORE_LIMIT == Store(None).limit
+    assert Store(None).limit == preview.STORE_LIMIT
 
 
 def test_more_text_needs_more_up_to_the_limits(tiny_llama: Path) -> None:
