@@ -41,9 +41,11 @@ def draw_circuit(circuit: Circuit) -> str:
     lines = list(_edges(circuit, places))
     hidden = sum(1 for _ in _ends(circuit)) - len(lines)
     title = f"{circuit.provenance.get('behavior', 'circuit')}: {len(circuit.nodes)} nodes, {len(circuit.edges)} edges"
-    about = f"faithfulness {circuit.faithfulness:.3f} · chosen by {circuit.method} · evidence: {circuit.evidence}"
     if hidden:
-        about += f" · the {len(lines)} strongest of {len(lines) + hidden} lines"
+        title += f" (the {len(lines)} strongest of {len(lines) + hidden} lines)"
+    about = f"faithfulness {circuit.faithfulness:.3f} (causal) · ranked by {circuit.method}"
+    about += ", chosen by ablation" if circuit.evidence == "causal" else ", nothing ablated"
+    about += " · widths: gradient" if circuit.edge_scores is not None else ""
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
         f'height="{height:.0f}" role="img" aria-label="{escape(title)}" '
