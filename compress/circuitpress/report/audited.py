@@ -43,7 +43,7 @@ def _name(model: str) -> str:
 
 
 def _behavior(row: Json) -> Row:
-    verdict = "LOST" if row["lost"] else "kept" if row["able"] else "no"
+    verdict = "LOST" if row["lost"] else "kept" if row["able"] else "not there"
     change = f"{row['accuracy'] - row['reference_accuracy']:+.1%} ± {row['stderr']:.1%}"
     cells = (f"{row['reference_accuracy']:.1%}", f"{row['accuracy']:.1%}", change)
     margins = (f"{row['reference_mean']:.2f}", f"{row['mean']:.2f}")
