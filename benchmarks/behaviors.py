@@ -68,7 +68,7 @@ def main(
     }
     rows = []
     for method, settings in (("told nothing", NOTHING), ("told to keep", {"keep": keep, "weight": weight})):
-        entries = [{"name": name, "file": str(larger), "of": "margin", **settings} for name in able]
+        entries: list[Any] = [{"name": name, "file": str(larger), "of": "margin", **settings} for name in able]
         recipe = Recipe(model=str(checkpoint.resolve())).replace(base | {"behaviors": entries})
         folder = work / method.replace(" ", "-")
         document = run_recipe(recipe, folder, Console(quiet=True, json=False, debug=False))[1]
