@@ -5,7 +5,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from circuitpress.bench.peers.packing import decode, unpack
+from circuitpress.bench.peers.packing import decode, refuse_another_map, unpack
 from circuitpress.bench.peers.protocol import Job, affine, affine_bytes
 
 
@@ -37,6 +37,22 @@ def test_the_gptq_layout(bits: int, minus_one: bool) -> None:
     side = rows * cols // group * (16 + bits) // 8
     assert kept.nbytes == rows * cols * bits // 8 + side + 4 * cols
     assert decode(tensors, bits, minus_one=minus_one, reordered=False).nbytes == kept.nbytes - 4 * cols
+
+
+def test_a_layout_that_was_read_wrong_is_noticed() -> None:
+    """By what the peer's own layer computes: zero points off by one do not pass, 16-bit arithmetic does."""
+    rng = np.random.default_rng(0)
+    codes, zeros = rng.integers(0, 16, (64, 24)), rng.integers(1, 15, (2, 24))
+    index = torch.arange(64).int() // 32
+    tensors = {"qweight": pack(codes, 4), "qzeros": pack(zeros.T, 4).T, "scales": torch.ones(2, 24), "g_idx": index}
+    right, wrong = (decode(tensors, 4, minus_one=minus_one, reordered=False) for minus_one in (False, True))
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return x.bfloat16() @ right.weight.T.bfloat16()
+
+    refuse_another_map("q", layer, right)
+    with pytest.raises(ValueError, match=r"q: decoded weights differ by \d+% from those that the layer computes with"):
+        refuse_another_map("q", layer, wrong)
 
 
 def test_bytes_of_affine_formats() -> None:

@@ -56,7 +56,7 @@ def check(anatomy: Anatomy, path: Path) -> None:
     """CheckpointError if padded neurons of the decoded weights at `path` could add something to a block's output."""
     for block in anatomy.blocks:
         if not padding_is_silent(block, _read(path, block)):
-            raise CheckpointError(f"{path}: padded neurons of block {block.index} did not stay zero")
+            raise CheckpointError(f"padded neurons of block {block.index} did not stay zero: {path.parent.name}")
 
 
 def _verdict(stream: Stream, windows: Tensor, path: Path) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .packing import decode
+from .packing import decode, refuse_another_map
 from .protocol import Job, Kept
 
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -43,7 +43,8 @@ def quantize(job: Job) -> Mapping[str, Kept]:
         if len(parts) < len(_PARTS):
             job.notes.append(f"{name} left at 16 bits")
             continue
-        # After packing, optimum converts the layers to version 2, whose zero points are as they are.
-        second = getattr(linear, "qzero_format", lambda: 1)() == 2
-        found[name] = decode(parts, job.bits, minus_one=not second, reordered=desc_act)
+        # After packing, optimum converts the layers to version 2, whose zero points are as they are; `qzero_format`
+        # of the layers goes on saying 1.
+        found[name] = decode(parts, job.bits, minus_one=False, reordered=desc_act)
+        refuse_another_map(name, linear, found[name])
     return found

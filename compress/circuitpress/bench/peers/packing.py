@@ -5,7 +5,7 @@ outputs, `scales` float16 [groups, rows], `g_idx` int32 [cols] names each input'
 zero points minus one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -19,6 +19,18 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     stream = (words.long()[:, None, :] >> torch.arange(32)[None, :, None]) & 1
     fields = stream.reshape(n * 32 // bits, bits, m)
     return (fields << torch.arange(bits)[None, :, None]).sum(1)
+
+
+@torch.no_grad()
+def refuse_another_map(name: str, linear: Callable[[Tensor], Tensor], kept: Kept) -> None:
+    """ValueError if `kept` is not what the peer's own layer computes: then the layout was read wrong.
+
+    The layer may compute in 16 bits; zero points that are off by one change weights by a third and more.
+    """
+    computed = linear(torch.eye(kept.weight.shape[1])).T.float()
+    difference = float((computed - kept.weight).norm() / computed.norm())
+    if not difference < 0.02:
+        raise ValueError(f"{name}: decoded weights differ by {difference:.0%} from those that the layer computes with")
 
 
 def decode(tensors: Mapping[str, Tensor], bits: int, *, minus_one: bool, reordered: bool) -> Kept:
