@@ -138,6 +138,27 @@ def test_a_floor_out_of_reach_says_what_it_would_take(
     assert document["takes"] == "4.00bpw"
 
 
+def test_of_plans_that_all_miss_the_nearest_is_taken(
+    kept: tuple[Recipe, Path], tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan without caps comes first; the second one is better and still not enough."""
+    recipe, out = kept
+    copy = Path(shutil.copytree(out, tmp_path / "run"))
+    margins = iter([3.0, 5.0, 4.0])
+
+    def measure(session: Session, problem: Problem, choice: object) -> dict[str, Level]:
+        del session, problem, choice
+        return {"likes": Level(20, 1.0, next(margins, 1.0))}
+
+    monkeypatch.setattr(keeping, "_measure", measure)
+    with open_folder(copy, create=False) as folder:
+        keeping.keep(Session(folder, recipe, console))
+    document = json.loads((copy / "behaviors.json").read_text())
+    assert document["missed"] == ["likes"]
+    assert len(document["rounds"]) >= 2
+    assert document["caps"] == document["rounds"][1]["caps"] != {}
+
+
 def test_another_budget_throws_away_what_was_kept_for_this_one(
     kept: tuple[Recipe, Path], tmp_path: Path, console: Console
 ) -> None:

@@ -235,7 +235,10 @@ def _refuse_unable(session: "circuitpress.run.session.Session", kept: Kept) -> N
 
 @dataclass(frozen=True)
 class _Found:
-    """Caps in nats by behavior, what their plan still misses, and what was measured on the way."""
+    """Caps in nats by behavior, what their plan still misses, and what was measured on the way.
+
+    Of plans that all miss something, it is the one that misses fewest behaviors, then the one that comes nearest.
+    """
 
     caps: dict[str, float]
     missed: list[str]
@@ -260,16 +263,18 @@ def _search(
             caps = {name: 0.5 * (limit + max(limit, spent[name])) for name, limit in caps.items()}
             continue
         measured = _measure(session, problem, choice)
-        missed = [k.name for k in session.kept if measured[k.name].of(k.of) < k.keep * dense[k.name].of(k.of)]
+        left = {k.name: measured[k.name].of(k.of) / (k.keep * dense[k.name].of(k.of)) for k in session.kept}
+        missed = [name for name, share in left.items() if share < 1]
         levels = {name: asdict(entry) for name, entry in measured.items()}
-        rounds.append({"caps": caps, "measured": levels, "missed": missed})
+        short = sum(1 - left[name] for name in missed)
+        rounds.append({"caps": caps, "measured": levels, "missed": missed, "short": short})
         advance(1, f"{len(missed)} of {len(session.kept)} behaviors below their floors")
         if not missed:
             break
         inside = np.arange(len(problem.prices.groups))[: len(next(iter(tables.values())))]
         spent = {name: float(table[inside, choice[inside]].sum()) for name, table in tables.items()}
         caps = caps | {name: 0.5 * spent[name] for name in missed}
-    best = min(rounds, key=lambda entry: len(entry["missed"]))
+    best = min(rounds, key=lambda entry: (len(entry["missed"]), entry["short"]))
     return _Found(best["caps"], best["missed"], rounds)
 
 
