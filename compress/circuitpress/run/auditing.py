@@ -54,13 +54,15 @@ def audit_models(
     depth = before.stream.depth + after.stream.depth
     with console.progress("fidelity", depth) as advance:
         measured = fidelity(after.stream, before.stream, chosen.ids, advance=advance)
+    unfit: dict[str, str] = {}
     document: dict[str, Any] = {
         "model": model,
         "reference": reference,
         "text": chosen.describe(),
         "fidelity": measured.to_json(),
         "cannot_prove": CANNOT_PROVE,
-        "behaviors": _behaviors(before, after, behaviors, console) if behaviors else [],
+        "behaviors": _behaviors(before, after, behaviors, unfit, console) if behaviors else [],
+        "unfit": unfit,
     }
     alike = _comparable(first, second)
     if alike:
@@ -131,11 +133,13 @@ def _comparable(first: Anatomy, second: Anatomy) -> bool:
     return (len(first.blocks), first.hidden) == (len(second.blocks), second.hidden)
 
 
-def _behaviors(before: Opened, after: Opened, file: Path, console: Console) -> list[dict[str, Any]]:
+def _behaviors(
+    before: Opened, after: Opened, file: Path, unfit: dict[str, str], console: Console
+) -> list[dict[str, Any]]:
     from ..behaviors import load_behaviors
     from ..score.ability import ability
 
-    found, unfit = [], {}
+    found = []
     loaded = load_behaviors(file, before.tokenizer, unfit=unfit)
     with console.progress("behaviors", len(loaded)) as advance:
         for behavior in loaded:
@@ -228,6 +232,7 @@ def _render(document: dict[str, Any], *, alike: bool) -> str:
         survivors = document["features"]["survivors"]
         rows.append(("SAE features that survive", str(document["features"]["told"]), f"{survivors:.1%}"))
     text = table(f"{document['model']} against {document['reference']}", rows)
+    text += "".join(f"\nleft out: {name}: {reason}" for name, reason in document["unfit"].items())
     if lost:
         text += "\nlost: " + ", ".join(lost)
     if not alike:
