@@ -17,8 +17,8 @@ from circuitpress.files import write_bytes_atomic
 from circuitpress.stream import Stream
 
 
-def save_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes one results file with the commit, machine, versions and command that made it."""
+def save_results(path: Path, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
+    """Writes one results file with the commit, machine, versions and command that made it, and what `more` says."""
     root = Path(__file__).parent.parent
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
@@ -27,12 +27,17 @@ def save_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         "commit": commit.stdout.strip() or "unknown",
         "machine": ", ".join([platform.machine(), f"{torch.get_num_threads()} threads", get_cpu_capability()]),
         "versions": {name: version(name) for name in ("circuitpress", "torch", "transformers", "numpy", "scipy")},
-        # Of paths only the last two parts: enough to find the asset, and no machine's layout in the results.
-        "command": " ".join(["python", *(_short(argument) for argument in sys.argv)]),
+        "command": command_line(),
+        **more,
     }
     body = ",\n  ".join(json.dumps(row) for row in rows)
     text = json.dumps(document, indent=1)[:-2] + ',\n "rows": [\n  ' + body + "\n ]\n}\n"
     write_bytes_atomic(path, text.encode())
+
+
+def command_line() -> str:
+    """How this process was called. Of paths only the last two parts: enough to find the asset, no machine's layout."""
+    return " ".join(["python", *(_short(argument) for argument in sys.argv)])
 
 
 def load_rows(path: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ A text may end in `:PERCENT` or `PERCENT:` (`stories.txt:80`, `stories.txt:80:`)
 to a line's end. Finished jobs are kept in `--work`; rows of other checkpoints in quality.json are kept.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from circuitpress.bench import PEERS, Comparison, compare, draw, peers_folder, r
 from circuitpress.bench.jobs import Setting
 from circuitpress.console import Console
 from circuitpress.recipe import Recipe
-from common import load_rows, readable_text, save_results
+from common import command_line, load_rows, readable_text, save_results
 
 _PATH = click.Path(path_type=Path)
 
@@ -65,7 +66,7 @@ def main(
         kept = [row for row in load_rows(out / "quality.json") if row["checkpoint"] != checkpoint.name]
         # Rows of an earlier version of this file name other things.
         everything = [row for row in kept if "error" in row] + rows
-        save_results(out / "quality.json", everything)
+        save_results(out / "quality.json", everything, commands=_commands(out / "quality.json", checkpoint.name))
         draw(everything, out / "quality.svg")
         click.echo(render(rows))
 
@@ -82,6 +83,12 @@ def _text(spec: str, checkpoint: Path, folder: Path) -> Path:
         path = folder / f"{path.stem}-{'after' if last else 'first'}-{match[2]}%{path.suffix}"
         path.write_text(whole[at:] if last else whole[:at])
     return readable_text(path, AutoTokenizer.from_pretrained(checkpoint), folder)
+
+
+def _commands(path: Path, checkpoint: str) -> dict[str, str]:
+    """The command behind the rows of each checkpoint, this one's being the present one."""
+    known = json.loads(path.read_text()).get("commands", {}) if path.exists() else {}
+    return known | {checkpoint: command_line()}
 
 
 def _settings(peer: str, bits: list[int], groups: list[int]) -> list[Setting]:

@@ -8,6 +8,7 @@ arXiv 1308.3432).
 Codes are learned in units of the code, so one learning rate suits every matrix and every width.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ..formats import Format
 
 
-class Soft(nn.Module):
+class Soft(nn.Module, ABC):
     """One segment [rows, cols] whose weights can be learned; `codes` and `scales` list its parameters by kind."""
 
     form: Format
@@ -30,13 +31,13 @@ class Soft(nn.Module):
         """Parameters whose change is a relative change of weights, such as log scales."""
         return []
 
+    @abstractmethod
     def weight(self) -> Tensor:
         """The weights that would be stored now, float32 [rows, cols], with gradients."""
-        raise NotImplementedError
 
+    @abstractmethod
     def value(self) -> Any:
         """The quantized value in the form that the format packs."""
-        raise NotImplementedError
 
 
 class Fixed(Soft):

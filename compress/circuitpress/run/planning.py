@@ -165,9 +165,7 @@ def plan_again(session: "circuitpress.run.session.Session", recipe: Recipe) -> N
     folder = session.folder
     if not _is_present(session.path, plan):
         folder.forget("plan", *LATER)
-        clear(
-            session.path, ("behaviors.json", "swaps.json", "shards", "model", "refine.json", "evaluate", "report.html")
-        )
+        clear(session.path, MADE_FROM_PLAN)
         plan.save(session.path / "plan.json")
     session.write("pareto.json", front)
     write_bytes_atomic(session.path / "recipe.yaml", recipe.to_yaml().encode())
