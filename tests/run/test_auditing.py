@@ -23,8 +23,6 @@ behaviors:
 def behaviors(tmp_path: Path) -> Path:
     chat = 'answer: "No"\nwrong: "Yes"\npairs: [{clean: Is ice hot?, corrupted: Is ice cold?}]\n'
     (tmp_path / "chat.yaml").write_text(chat)
-        'answer: "No"\nwrong: "Yes"\npairs: [{clean: Is ice hot?, corrupted: Is ice cold?}]\n'
-    )
     path = tmp_path / "behaviors.yaml"
     path.write_text(BEHAVIORS)
     return path
