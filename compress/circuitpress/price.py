@@ -43,8 +43,8 @@ from .stream import Stream, backward, forward
 from .units import Group, Prices, Scores, UnitId
 
 KEPT_FLOWS = 1 << 29
-"""Bytes of x and g that a block keeps between its two passes: all of a small model's, which makes a third of the time
-of pricing it, and some of a large one's."""
+"""Bytes of x and g that a block keeps between its two passes: all of a small model's, some of a large one's. What is
+not kept costs another forward and backward pass of the block."""
 KEPT_HESSIANS = 1 << 28
 """Bytes of Hessians, of all blocks together, up to which they are stored."""
 
