@@ -1,6 +1,6 @@
-"""Writes the tables of README.md from benchmarks/results/*.json, so that no figure is typed by hand.
+"""Writes the tables of the documents from benchmarks/results/*.json, so that no figure is typed by hand.
 
-python benchmarks/tables.py           # rewrites the marked blocks of README.md
+python benchmarks/tables.py           # rewrites the marked blocks of README.md and docs/measurements.md
 python benchmarks/tables.py --check   # exits 1 if they differ
 """
 
@@ -17,20 +17,21 @@ from circuitpress.bench import cells
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "measurements.md")
 Rows = list[dict[str, Any]]
 
 
 @click.command()
-@click.option("--check", is_flag=True, help="Change nothing; exit 1 if README.md is out of date.")
+@click.option("--check", is_flag=True, help="Change nothing; exit 1 if a document is out of date.")
 def main(check: bool) -> None:
-    """Brings the tables of README.md up to date."""
-    path = ROOT / "README.md"
-    before = path.read_text()
-    after = fill(before)
-    if check and after != before:
-        raise SystemExit("README.md does not show benchmarks/results: run python benchmarks/tables.py")
-    if not check:
-        path.write_text(after)
+    """Brings the tables of the documents up to date."""
+    for path in DOCUMENTS:
+        before = path.read_text()
+        after = fill(before)
+        if check and after != before:
+            raise SystemExit(f"{path.name} does not show benchmarks/results: run python benchmarks/tables.py")
+        if not check:
+            path.write_text(after)
 
 
 def fill(text: str) -> str:
@@ -92,6 +93,23 @@ def pruning() -> str:
         lines.append([checkpoint, f"{fraction:.0%} of {what}", f"{left:.1%}", *(f"{value:.4g}" for value in kl)])
     head = ["checkpoint", "what leaves", "weights left", "circuitpress", "Wanda", "magnitude", "random"]
     return _table([*head, "not compensated"], lines)
+
+
+def joint() -> str:
+    """One budget spent by bits alone, by removal alone, and by the search over both."""
+    rows = [row for row in _rows("pruning.json") if row["part"] == "joint"]
+    lines = []
+    for checkpoint, budget in _keys(rows, "checkpoint", "budget"):
+        cells = []
+        for method in ("bits alone", "pruning alone", "joint"):
+            found = _select(rows, checkpoint=checkpoint, budget=budget, method=method)
+            # A row without a figure says which bits the smallest plan takes; no row, that no removal alone fits.
+            cells.append("no plan fits" if not found or found[0]["kl"] is None else f"{found[0]['kl']:.4g}")
+        (both,) = _select(rows, checkpoint=checkpoint, budget=budget, method="joint")
+        widths = both.get("widths")
+        stay = f"{widths['neurons']} neurons, {widths['kv_groups']} KV groups" if widths else "all"
+        lines.append([checkpoint, budget, *cells, stay])
+    return _table(["checkpoint", "budget", "bits alone", "pruning alone", "both", "what stays of a layer"], lines)
 
 
 def calibration() -> str:
@@ -225,6 +243,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "quality": quality,
     "steps": steps,
     "pruning": pruning,
+    "joint": joint,
     "calibration": calibration,
     "prediction": prediction,
     "exact": exact,
