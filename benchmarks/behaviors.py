@@ -4,6 +4,9 @@ For each checkpoint every behavior of the file that the dense model does (80 % r
 same budget: one that is told nothing, and one whose recipe names all of them. Both are judged on the half of the pairs
 that was used for nothing, and on test text.
 
+`likeness` is the rank correlation, over all groups, of what the first format of the offer costs the behavior and what
+it costs text: near 1, what the behavior needs is what text needs, and a plan has nothing to move from one to the other.
+
     python benchmarks/behaviors.py --checkpoint DIR --text FILE --test FILE [--budget 2.5bpw] [--refine 0]
 """
 
@@ -12,6 +15,7 @@ from typing import Any
 
 import click
 import yaml
+from scipy.stats import spearmanr
 from transformers import AutoTokenizer
 
 from circuitpress.behaviors import load_behaviors
@@ -20,6 +24,7 @@ from circuitpress.recipe import Recipe
 from circuitpress.run import run_recipe
 from circuitpress.score.ability import ability
 from circuitpress.stream import open_stream
+from circuitpress.units import Prices
 from common import load_rows, readable_text, save_results
 
 FORMATS = ("code2g64", "code3g64", "code4g64", "int2g64s6", "int3g64s6", "int4g64s6", "int5g64s6", "int6", "int8")
@@ -72,7 +77,11 @@ def main(
         recipe = Recipe(model=str(checkpoint.resolve())).replace(base | {"behaviors": entries})
         folder = work / method.replace(" ", "-")
         document = run_recipe(recipe, folder, Console(quiet=True, json=False, debug=False))[1]
-        rows += [_row(checkpoint, method, budget, refine, document, behavior) for behavior in document["behaviors"]]
+        rows += [
+            _row(checkpoint, method, budget, refine, document, behavior)
+            | {"likeness": _likeness(folder, behavior["name"])}
+            for behavior in document["behaviors"]
+        ]
     mine = {(row["checkpoint"], row["budget"], row["refine"]) for row in rows}
     kept = [row for row in load_rows(out) if (row["checkpoint"], row["budget"], row["refine"]) not in mine]
     save_results(out, kept + rows)
@@ -95,6 +104,13 @@ def _with_samples(file: Path, work: Path, samples: int) -> Path:
     path = work / file.name
     path.write_text(yaml.safe_dump(document))
     return path
+
+
+def _likeness(run: Path, name: str) -> float:
+    prices = Prices.load(run / "prices.safetensors")
+    behavior = Prices.load(run / "pricing-behaviors" / name / "prices.safetensors")
+    columns = [table.nats[:, table.formats.index(FORMATS[0])] for table in (prices, behavior)]
+    return float(spearmanr(*columns).statistic)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _row(

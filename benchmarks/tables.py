@@ -203,8 +203,10 @@ def kept() -> str:
         what = f"{behavior}, {refine} steps" if refine else behavior
         lines.append([checkpoint, what, budget, " / ".join(f"{value:.1%}" for value in shares)])
         lines[-1] += [" / ".join(f"{value:.2f}" for value in margins), _change(told["kl"], plain["kl"])]
+        lines[-1].append(f"{plain['likeness']:.2f}" if "likeness" in plain else "")
     head = ["checkpoint", "behavior", "budget", "right: dense / told nothing / told to keep"]
-    return _table([*head, "margin: dense / told nothing / told to keep", "KL on text"], lines)
+    head += ["margin: dense / told nothing / told to keep", "KL on text", "likeness to text"]
+    return _table(head, lines)
 
 
 def clock() -> str:
