@@ -1,14 +1,15 @@
-"""How fast a packed model decodes on this CPU, and how much memory it takes, against the same model in bfloat16.
+"""How fast packed models decode on this CPU, and how much memory they take, against dense ones and bitsandbytes NF4.
 
-1. A Llama of random weights is written to a temporary folder twice: dense, and packed by plain min-max rounding (speed
-   does not depend on the values). Its blocks have the shape of TinyLlama-1.1B unless told otherwise.
-2. Both are loaded into one process and timed in turn, step by step, so that what else the machine does falls on both
+1. A Llama of random weights, of about half a billion unless told otherwise, is written to a temporary folder: dense,
+   and packed in each format by plain min-max rounding (speed does not depend on the values).
+2. All are loaded into one process and timed in turn, step by step, so that what else the machine does falls on all
    alike; a figure is the median over the steps, a ratio the median of the ratios of neighbours.
 3. Memory is measured in a process of its own for each: the most resident memory during load and decoding, less what the
    libraries took before.
 
 Rows: phase `decode` is one token for each of `batch` sequences behind a cache of 128 tokens; `prefill` is a prompt of
-`batch` tokens. `ratio_to_dense` divides times, `memory_ratio_to_dense` the `weight_bytes` (all parameters and buffers).
+`batch` tokens. `ratio_to_dense` divides times by those of dense bfloat16, `memory_ratio_to_dense` the `weight_bytes`
+(all parameters and buffers).
 """
 
 import importlib.metadata
@@ -23,6 +24,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,34 +33,44 @@ from typing import Any
 import click
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 import circuitpress  # noqa: F401 (makes from_pretrained read packed folders)
 from circuitpress.files import write_bytes_atomic
 from circuitpress.formats import IntCodes, IntFormat
 
 CONTEXT = 128
+BASELINE = "dense bfloat16"
+Load = Callable[[], PreTrainedModel]
 LIBRARIES = ("torch", "transformers", "circuitpress")
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--hidden", default=2048, help="Hidden size.")
-@click.option("--neurons", default=5632, help="Neurons of the MLP.")
-@click.option("--blocks", default=6, help="Decoder blocks.")
+@click.option("--hidden", default=1536, help="Hidden size.")
+@click.option("--neurons", default=4096, help="Neurons of the MLP.")
+@click.option("--blocks", default=18, help="Decoder blocks.")
 @click.option("--vocabulary", default=32000, help="Tokens; embeddings are tied and stay in bfloat16.")
-@click.option("--bits", default=4, type=click.IntRange(2, 8), help="Bits a weight.")
+@click.option("--bits", "widths", multiple=True, default=(4, 3, 2), type=click.IntRange(2, 8), help="Bits; repeatable.")
 @click.option("--group-size", default=64, help="Weights that share a scale.")
-@click.option("--batch", "batches", multiple=True, default=(1, 2, 4, 8), help="Sequences decoded at once; repeatable.")
-@click.option("--prompt", "prompts", multiple=True, default=(64, 512), help="Tokens of a prompt; repeatable.")
+@click.option("--peers/--no-peers", default=True, help="Time dense float32 and, if installed, bitsandbytes NF4 too.")
+@click.option("--batch", "batches", multiple=True, default=(1, 4), help="Sequences decoded at once; repeatable.")
+@click.option("--prompt", "prompts", multiple=True, default=(64,), help="Tokens of a prompt; repeatable.")
 @click.option("--steps", default=30, help="Timed steps of each row (a third of it for prompts).")
 @click.option("--threads", default=torch.get_num_threads(), help="CPU threads.")
 @click.option("--machine", default=None, help="Name in the file name; the processor and its cores if not given.")
 @click.option("--out", default=Path(__file__).with_name("results"), type=click.Path(path_type=Path), help="Folder.")
 def main(
-    hidden: int, neurons: int, blocks: int, vocabulary: int, bits: int, group_size: int, batches: tuple[int, ...],
-    prompts: tuple[int, ...], steps: int, threads: int, machine: str | None, out: Path,
+    hidden: int, neurons: int, blocks: int, vocabulary: int, widths: tuple[int, ...], group_size: int, peers: bool,
+    batches: tuple[int, ...], prompts: tuple[int, ...], steps: int, threads: int, machine: str | None, out: Path,
 ) -> None:  # fmt: skip
-    """Times a packed random-weight Llama against dense bfloat16 on this CPU and writes results/speed-MACHINE.json."""
+    """Times packed random-weight Llamas against dense ones on this CPU and writes results/speed-MACHINE.json."""
     torch.set_num_threads(threads)
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=neurons, num_hidden_layers=blocks, vocab_size=vocabulary,
@@ -65,27 +78,35 @@ def main(
         dtype="bfloat16",
     )  # fmt: skip
     name = f"llama-random-{hidden}x{blocks}"
-    packed_as = IntFormat(bits, group_size)
     with tempfile.TemporaryDirectory() as scratch:
-        folders = {"dense bfloat16": Path(scratch, "dense"), f"circuitpress {packed_as.name}": Path(scratch, "packed")}
-        dense, packed = folders
-        stored_bits = write_folders(config, packed_as, *folders.values())
-        peaks = {method: peak_bytes(folder, threads) for method, folder in folders.items()}
-        models = {method: load(folder) for method, folder in folders.items()}
+        dense = Path(scratch, "dense")
+        write_dense(config, dense)
+        loads: dict[str, Load] = {BASELINE: partial(load, dense)}
+        bits: dict[str, float] = {BASELINE: 16.0}
+        if peers:
+            loads["dense float32"], bits["dense float32"] = partial(load, dense, dtype=torch.float32), 32.0
+            if find_spec("bitsandbytes"):
+                loads["bitsandbytes nf4"], bits["bitsandbytes nf4"] = partial(load_nf4, dense), 4.5
+        for width in widths:
+            form = IntFormat(width, group_size)
+            method, folder = f"circuitpress {form.name}", Path(scratch, form.name)
+            loads[method], bits[method] = partial(load, folder), write_packed(form, dense, folder)
+        peaks = {method: peak_bytes(loader, threads) for method, loader in loads.items()}
+        models = {method: loader() for method, loader in loads.items()}
         rows: list[dict[str, Any]] = []
         for phase, batch in [("decode", batch) for batch in batches] + [("prefill", prompt) for prompt in prompts]:
             step = decode_step if phase == "decode" else prefill_step
             count = steps if phase == "decode" else max(3, steps // 3)
             times = interleave({method: step(model, batch) for method, model in models.items()}, count)
-            ratio = statistics.median(a / b for a, b in zip(times[packed], times[dense], strict=True))
             for method, model in models.items():
+                ratio = statistics.median(a / b for a, b in zip(times[method], times[BASELINE], strict=True))
                 rows.append({
                     "model": name, "method": method, "phase": phase, "batch": batch, "threads": threads,
-                    "bits_per_weight": stored_bits if method == packed else 16.0,
-                    "tokens_per_second": batch / statistics.median(times[method]),
-                    "ratio_to_dense": ratio if method == packed else 1.0,
-                    "peak_bytes": peaks[method], "weight_bytes": weight_bytes(model),
-                    "memory_ratio_to_dense": weight_bytes(model) / weight_bytes(models[dense]),
+                    "bits_per_weight": bits[method],
+                    "tokens_per_second": batch / statistics.median(times[method]), "ratio_to_dense": ratio,
+                    "peak_bytes": peaks[method], "peak_ratio_to_dense": peaks[method] / peaks[BASELINE],
+                    "weight_bytes": weight_bytes(model),
+                    "memory_ratio_to_dense": weight_bytes(model) / weight_bytes(models[BASELINE]),
                 })  # fmt: skip
                 click.echo(json.dumps(rows[-1]))
     machine = machine or machine_name()
@@ -98,16 +119,20 @@ def main(
     click.echo(str(path), err=True)
 
 
-def write_folders(config: LlamaConfig, packed_as: IntFormat, dense: Path, packed: Path) -> float:
-    """Writes the model dense and packed; returns stored bits a weight of the decoder's linear layers."""
+def write_dense(config: LlamaConfig, folder: Path) -> None:
+    """Writes a model of random weights."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(dense)
+    LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+
+
+def write_packed(packed_as: IntFormat, dense: Path, packed: Path) -> float:
+    """Packs the model of the folder `dense`; returns stored bits a weight of the decoder's linear layers."""
+    model = load(dense)
     state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     modules: dict[str, Any] = {}
     stored = numel = 0
-    for name, module in model.model.layers.named_modules(prefix="model.layers"):
-        if not isinstance(module, torch.nn.Linear):
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or name == "lm_head":
             continue
         weight = state.pop(f"{name}.weight")
         rows, cols = weight.shape
@@ -135,9 +160,20 @@ def min_max(weight: torch.Tensor, packed_as: IntFormat) -> IntCodes:
     return IntCodes(codes.view(weight.shape).to(torch.uint8), scales, zeros.to(torch.uint8))
 
 
-def load(folder: Path) -> PreTrainedModel:
-    """The model in bfloat16 on the CPU."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+def load(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """The model in `dtype` on the CPU."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def load_nf4(folder: Path) -> PreTrainedModel:
+    """The model with the linear layers of its decoder in bitsandbytes NF4, computing in bfloat16."""
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["lm_head"],
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, quantization_config=config, device_map="cpu"
+    )
 
 
 def decode_step(model: PreTrainedModel, batch: int) -> Callable[[], None]:
@@ -182,16 +218,16 @@ def weight_bytes(model: PreTrainedModel) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
-def peak_bytes(folder: Path, threads: int) -> int:
+def peak_bytes(loader: Load, threads: int) -> int:
     """Peak resident memory of loading a model and decoding a token, in a fresh process, less that of the libraries."""
     with get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_bytes, (folder, threads))
+        return pool.apply(_peak_bytes, (loader, threads))
 
 
-def _peak_bytes(folder: Path, threads: int) -> int:
+def _peak_bytes(loader: Load, threads: int) -> int:
     torch.set_num_threads(threads)
     before = resident_peak()
-    decode_step(load(folder), 1)()
+    decode_step(loader(), 1)()
     return resident_peak() - before
 
 

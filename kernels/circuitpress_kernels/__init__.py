@@ -1,14 +1,21 @@
 """Kernels for packed weights, each beside the plain torch code that specifies it. Needs torch; Triton only on a GPU."""
 
-from .int4 import GROUP_SIZES, MAX_BATCH, TILE_ROWS, Int4Tiles, int4_linear, int4_linear_twin, int4_tiles, int4_weight
+from .layout import Part, join_rows, lay_out
+from .product import has_triton, slice_linear
+from .slices import BOOK, DENSE, TILE_ROWS, TRELLIS, SliceForm, SliceMatrix, slice_linear_twin, slice_weight
 
 __all__ = [
-    "GROUP_SIZES",
-    "MAX_BATCH",
+    "BOOK",
+    "DENSE",
+    "Part",
     "TILE_ROWS",
-    "Int4Tiles",
-    "int4_linear",
-    "int4_linear_twin",
-    "int4_tiles",
-    "int4_weight",
+    "TRELLIS",
+    "SliceForm",
+    "SliceMatrix",
+    "has_triton",
+    "join_rows",
+    "lay_out",
+    "slice_linear",
+    "slice_linear_twin",
+    "slice_weight",
 ]

@@ -1,7 +1,7 @@
 """Runs the Triton encoder beside the torch one and prints one json line a case; not a test, but what two tests run.
 
 `python viterbi_cases.py cpu` with TRITON_INTERPRET=1 set goes through Triton's interpreter, `python viterbi_cases.py
-cuda` through a GPU. A process of its own for the reasons that int4_cases.py gives.
+cuda` through a GPU. A process of its own for the reasons that processes.py gives.
 
 What the kernels write is poisoned with NaN (and codes with 255) before the launch.
 """

@@ -3,11 +3,7 @@
 import json
 import sys
 
-import triton
-from int4_compile import TARGETS, cuda_resources, hip_resources
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
+from aot import TARGETS, compile_for
 from circuitpress_kernels import viterbi_triton
 
 VARIANTS = ((12, 2, 1), (12, 3, 1), (12, 4, 1), (13, 3, 2), (13, 5, 2), (13, 7, 2), (16, 2, 1))
@@ -32,24 +28,11 @@ def main() -> None:
                 ),
             )
             for kernel, signature, constexprs, options in kernels:
-                found = inspect(kernel, signature, constexprs, options, target)
+                pointers = tuple(name for name, kind in signature.items() if kind.startswith("*"))
+                signature |= dict.fromkeys(constexprs, "constexpr")
+                found = compile_for(kernel, signature, constexprs, options, target, aligned=pointers)
                 case = f"{kernel.fn.__name__} L={memory} B={code_bits} V={width} {name}"
                 sys.stdout.write(json.dumps({"case": case, "target": name} | found) + "\n")
-
-
-def inspect(
-    kernel, signature: dict[str, str], constants: dict[str, int], options: dict, target: GPUTarget
-) -> dict[str, object]:
-    pointers = [place for place, kind in enumerate(signature.values()) if kind.startswith("*")]
-    source = ASTSource(
-        fn=kernel,
-        signature=signature | dict.fromkeys(constants, "constexpr"),
-        constexprs=constants,
-        attrs={(place,): [["tt.divisibility", 16]] for place in pointers},
-    )
-    compiled = triton.compile(source, target=target, options=options)
-    resources = cuda_resources(compiled) if target.backend == "cuda" else hip_resources(compiled.asm["amdgcn"])
-    return resources | {"shared": compiled.metadata.shared}
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from circuitpress.formats import CastFormat, IntCodes, IntFormat
+from circuitpress.formats import CastFormat, IntCodes, IntFormat, parse
+from circuitpress.quantize import quantize_matrix
 from circuitpress.refine.load import soften
 from circuitpress.refine.soft import SoftLinear, straight_through
 
@@ -27,6 +28,21 @@ def test_untouched_codes_stand_for_the_stored_weights(rows: int, cols: int, bits
     assert torch.equal(again.codes, value.codes)
     assert torch.equal(again.zeros, value.zeros)
     assert torch.equal(again.scales, value.scales)
+
+
+@pytest.mark.parametrize("name", ["sym3g16", "sym8c", "nf4", "llmint8"])
+def test_formats_of_other_runtimes_stay_what_those_can_store(name: str) -> None:
+    form = parse(name)
+    weight = torch.randn(6, 45, generator=torch.Generator().manual_seed(0))
+    ((_, _, _, value),) = quantize_matrix(weight, torch.eye(45), "rows", [(name, 0, 6)]).parts
+    soft = soften(form, value)
+    with torch.no_grad():
+        for parameter in (*soft.codes(), *soft.scales()):
+            parameter += 0.3 * torch.randn_like(parameter)
+    assert torch.equal(form.decode(form.unpack(form.pack(soft.value()), 6, 45)), soft.weight())
+    if isinstance(form, IntFormat):
+        assert not torch.equal(soft.weight(), form.decode(value))
+        assert torch.equal(soft.value().scales.bfloat16().half(), soft.value().scales)
 
 
 def test_gradients_are_those_of_a_grid_with_the_rounding_taken_as_the_identity() -> None:

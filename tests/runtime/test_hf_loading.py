@@ -102,6 +102,15 @@ def test_generation_with_a_cache_is_that_of_the_whole_sequence(packed, dtype) ->
     assert _error(torch.cat(cached.logits).double(), whole.double()) < tolerance
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_compiles_without_graph_breaks(packed_llama, dtype) -> None:
+    model = _load(packed_llama.folder, dtype=dtype)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert _error(compiled(IDS, use_cache=False).logits.double(), _logits(model)) < 1e-6
+
+
 def test_no_tensor_is_missing_or_left_over(packed) -> None:
     _, found = _load(packed.folder, output_loading_info=True)
     assert not any(found.values())

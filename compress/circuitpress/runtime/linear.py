@@ -8,12 +8,13 @@
    | device | compute type | matrix | runs as | bytes a weight |
    |---|---|---|---|---|
    | CPU | bfloat16 | 2 to 4 bits, one group size of 32 to 256 that divides cols | torch's int4pack | 0.5 + 4 / group |
-   | CUDA | any | 2 to 4 bits, one group size of 32 to 256 | Triton (`circuitpress_kernels`) | 0.5 + 3 / group |
+   | CPU | bfloat16 | 5 to 8 bits, likewise (grid.py) | int4pack twice | 1 + 8 / group |
+   | CUDA | bfloat16, float16 | every one | Triton (`circuitpress_kernels`) | as stored (slices.py) |
    | any | any | everything else | dense | 2 or 4 |
 
-   float32 on a CPU is always dense: those are exactly the numbers that were stored, for tests and for evaluation.
+   float32 is always dense: those are exactly the numbers that were stored, for tests and for evaluation.
 
-No gradient flows through int4pack or Triton; load in float32 on a CPU to differentiate.
+No gradient flows through int4pack or Triton; load in float32 to differentiate.
 """
 
 from collections.abc import Callable
@@ -23,18 +24,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from circuitpress_kernels import int4
+from circuitpress_kernels import SliceForm, SliceMatrix, has_triton, slice_linear, slice_weight
 
 from ..errors import CircuitpressError
 from . import int4pack
 from .descriptor import Descriptor
-from .grid import int4_codes, int4_group_size
+from .grid import shared_group_size, to_grid
+from .slices import Turned, to_slices
+
+_HALVES = (torch.bfloat16, torch.float16)
+_SLICES = SliceMatrix._fields[:-1]
 
 
 class PackedLinear(nn.Module):
     """y = x W^T + b with W [out_features, in_features] stored as `descriptor` says.
 
-    `form` is "stored" until `repack`, then "int4pack", "tiles" (Triton) or "dense"; a stored module works too, but
+    `form` is "stored" until `repack`, then "int4pack", "slices" (Triton) or "dense"; a stored module works too, but
     unpacks the whole matrix at every call.
     """
 
@@ -51,6 +56,8 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = descriptor.rows, descriptor.cols
         self.form = "stored"
         self.group_size = 0
+        self.slices: SliceForm | None = None
+        self.turned = Turned(())
         for name, (kind, count) in descriptor.layout().items():
             self.register_buffer(name, torch.empty(count, dtype=kind, device=device))
         self.bias = nn.Parameter(torch.empty(descriptor.rows, dtype=dtype, device=device)) if bias else None
@@ -68,30 +75,35 @@ class PackedLinear(nn.Module):
         """The weights [rows, cols] that the module multiplies with, in float32."""
         if self.form == "stored":
             return self.descriptor.decode(self.stored)
+        if self.form == "slices":
+            return self.turned.fold(slice_weight(self._matrix()), self.get_buffer("strips"))
         weight = self.get_buffer("weight")
         if self.form == "dense":
             return weight.float()
-        dtype = torch.bfloat16 if self.form == "int4pack" else torch.float32
-        return self._matmul(torch.eye(self.in_features, dtype=dtype, device=weight.device)).float().T.contiguous()
+        return self._matmul(torch.eye(self.in_features, dtype=torch.bfloat16)).float().T.contiguous()
 
     @torch.no_grad()
-    def repack(self, dtype: torch.dtype) -> None:
-        """Turns the stored form into what the device computes with in `dtype`, and drops the stored form."""
+    def repack(self, dtype: torch.dtype, *, slices: bool | None = None) -> None:
+        """Turns the stored form into what the device computes with in `dtype`, and drops the stored form.
+
+        With `slices` it is the kernels' on any device; on a CPU that is their specification, for tests.
+        """
         stored = self.stored
         device = next(iter(stored.values())).device
-        group_size = int4_group_size(self.descriptor)
-        if device.type == "cuda" and group_size in int4.GROUP_SIZES:
-            grid = int4_codes(self.descriptor, stored, group_size)
-            tiles = int4.int4_tiles(*grid, group_size=group_size)
-            form, buffers = "tiles", {"weight": tiles.codes, "scales": tiles.scales, "zeros": tiles.zeros}
+        group_size = shared_group_size(self.descriptor)
+        if slices is None:
+            slices = device.type == "cuda" and has_triton()
+        if slices and dtype in _HALVES:
+            matrix, self.turned, strips = to_slices(self.descriptor, stored, dtype=dtype)
+            form, self.slices = "slices", matrix.form
+            buffers = dict(zip(_SLICES, matrix[:-1], strict=True)) | {"strips": strips}
         elif (
             device.type == "cpu"
             and dtype == torch.bfloat16
             and group_size in int4pack.GROUP_SIZES
             and self.in_features % group_size == 0
         ):
-            packed = int4pack.pack(int4_codes(self.descriptor, stored, group_size), group_size=group_size)
-            form, buffers = "int4pack", {"weight": packed.codes, "scales_and_zeros": packed.scales_and_zeros}
+            form, buffers = "int4pack", self._int4pack(stored, group_size)
         else:
             form, buffers = "dense", {"weight": self.descriptor.decode(stored, dtype=dtype)}
         for name in stored:
@@ -100,22 +112,46 @@ class PackedLinear(nn.Module):
             self.register_buffer(name, buffer)
         self.form, self.group_size = form, group_size or 0
 
+    def _int4pack(self, stored: dict[str, Tensor], group_size: int) -> dict[str, Tensor]:
+        grid = to_grid(self.descriptor, stored, group_size)
+        packed = int4pack.pack(grid.lower, group_size=group_size)
+        buffers = {"weight": packed.codes, "scales_and_zeros": packed.scales_and_zeros}
+        if grid.upper is not None:
+            upper = int4pack.pack(grid.upper, group_size=group_size)
+            buffers |= {"upper": upper.codes, "upper_scales_and_zeros": upper.scales_and_zeros, "where": grid.where}
+        return buffers
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         if self.form == "dense":
             return F.linear(x, self.get_buffer("weight"), self.bias)
         if self.form == "stored":
             return F.linear(x, self.dequantize().to(x.dtype), self.bias)
-        y = self._matmul(x.flatten(0, -2) if x.dim() > 1 else x[None])
-        y = y if self.bias is None else y + self.bias
+        flat = x.flatten(0, -2) if x.dim() > 1 else x[None]
+        if self.form == "slices":
+            y = slice_linear(self.turned.extend(flat, self.get_buffer("strips")), self._matrix(), self.bias)
+        else:
+            y = self._matmul(flat) if self.bias is None else self._matmul(flat) + self.bias
         return y.view(*x.shape[:-1], self.out_features)
 
+    def _matrix(self) -> SliceMatrix:
+        assert self.slices is not None
+        return SliceMatrix(*(self.get_buffer(name) for name in _SLICES), form=self.slices)
+
     def _matmul(self, x: Tensor) -> Tensor:
-        if self.form == "int4pack":
-            packed = int4pack.Packed(self.get_buffer("weight"), self.get_buffer("scales_and_zeros"))
-            return int4pack.matmul(x.bfloat16(), packed, group_size=self.group_size, rows=self.out_features)
-        tiles = [self.get_buffer(name) for name in ("weight", "scales", "zeros")]
-        return int4.int4_linear(x, *tiles, self.out_features)
+        """x W^T by int4pack, bfloat16."""
+        x = x.bfloat16()
+        y = self._plane(x, "weight", "scales_and_zeros", self.out_features)
+        if not hasattr(self, "where"):
+            return y
+        where = self.get_buffer("where")
+        if self.descriptor.axis == "rows":
+            return y.index_add(1, where, self._plane(x, "upper", "upper_scales_and_zeros", len(where)))
+        return y + self._plane(x[:, where], "upper", "upper_scales_and_zeros", self.out_features)
+
+    def _plane(self, x: Tensor, codes: str, table: str, rows: int) -> Tensor:
+        packed = int4pack.Packed(self.get_buffer(codes), self.get_buffer(table))
+        return int4pack.matmul(x, packed, group_size=self.group_size, rows=rows)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves or casts the module, as `to` does; raises where a packed form would not survive that."""
