@@ -13,6 +13,7 @@ two heads of the circuit.
 """
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -77,6 +78,29 @@ def compiled_induction(folder: Path) -> Path:
             block.mlp.c_proj.weight[:, JUNK] = 0.1 * torch.randn(64, 12, generator=draw)
         model.lm_head.weight[:, OUT] = 10 * torch.eye(TOKENS)
     model.save_pretrained(folder)
+    return folder
+
+
+def compiled_with_words(folder: Path) -> Path:
+    """The compiled model with a tokenizer of its twenty words, and 20 of its prompts in task.jsonl."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    compiled_induction(folder)
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(TOKENS)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    pairs = repeated_tokens(20).pairs
+    assert isinstance(pairs, Pairs)
+    rows = []
+    for row in range(len(pairs)):
+        stop = int(pairs.position[row]) + 1
+        clean, corrupted = (
+            " ".join(f"t{i}" for i in ids[row, :stop].tolist()) for ids in (pairs.clean, pairs.corrupted)
+        )
+        answer, wrong = f" t{pairs.answer[row]}", f" t{pairs.wrong[row]}"
+        rows.append(json.dumps({"clean": clean, "corrupted": corrupted, "answer": answer, "wrong": wrong}))
+    (folder / "task.jsonl").write_text("\n".join(rows))
     return folder
 
 

@@ -221,7 +221,7 @@ def test_hub_ids(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert not any(
             pattern.endswith((".bin", ".pt", ".pkl", "*"))
             for pattern in allow_patterns
-            if pattern != "LICENSE*" and pattern != "NOTICE*"
+            if pattern not in ("LICENSE*", "NOTICE*", "USE_POLICY*")
         )
         assert ("*.py" in allow_patterns) == (len(calls) == 3)
         return str(tmp_path)

@@ -174,8 +174,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
 def read_anatomy(folder: Path, *, packed_ok: bool = False) -> Anatomy:
     """Places every matrix of a checkpoint; reads no weights.
 
-    `packed_ok` admits a model that circuitpress wrote. Raises CheckpointError, which names the first module that could
-    not be placed when the architecture is unknown.
+    `packed_ok` admits a model that circuitpress or bitsandbytes packed. Raises CheckpointError, which names the first
+    module that could not be placed when the architecture is unknown.
     """
     headers = read_headers(folder, packed_ok=packed_ok)
     config = headers.config
@@ -249,6 +249,9 @@ def _matrix_shape(headers: Headers, family: Family, module: str) -> tuple[int, i
     if module in headers.packed:
         rows, cols = headers.packed[module]["shape"]
         return rows, cols
+    if module in headers.foreign:
+        rows, cols, _ = headers.foreign[module]
+        return rows, cols
     header = headers.tensors.get(_stored(headers, family, f"{module}.weight"))
     if header is None or len(header.shape) != 2:
         raise CheckpointError(
@@ -268,11 +271,11 @@ def _module_bytes(headers: Headers, family: Family, module: str) -> int:
     """Bytes of the matrix in whatever tensors its formats store it: of all the module has but its bias."""
     prefix = _stored(headers, family, f"{module}.weight").removesuffix("weight")
     own = ((name.removeprefix(prefix), header) for name, header in headers.tensors.items() if name.startswith(prefix))
-    return sum(header.nbytes for part, header in own if part != "bias" and "." not in part)
+    return sum(header.nbytes for part, header in own if part.startswith("weight") or part != "bias" and "." not in part)
 
 
 def _original_dtype(headers: Headers, family: Family, module: str) -> str:
-    if headers.packed:
+    if headers.packed or headers.foreign:
         return headers.config.get("dtype") or headers.config.get("torch_dtype") or "float32"
     return headers.dtype(_stored(headers, family, f"{module}.weight"))
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 METADATA = {"format": "pt"}
 """transformers asks for it. One key only: safetensors writes several in random order, which would change the bytes."""
 
-_CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
+_CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def outer_tensors(

@@ -3,16 +3,18 @@
 1. `resolve_checkpoint` turns what the user typed (a folder, or a Hub id with @revision) into a local folder.
 2. `read_headers` reads config.json and the safetensors headers, no weights, and refuses what cannot work: no config, no
    safetensors, a truncated file, a model that some other tool already quantized.
-3. `Weights` reads single tensors. A packed model of ours reads like a dense one: its codes are decoded on the way.
+3. `Weights` reads single tensors. A packed model of ours reads like a dense one: its codes are decoded on the way; so
+   does one that bitsandbytes packed.
 """
 
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import bnb
 from .errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -36,11 +38,20 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class Headers:
-    """config.json and the headers of all safetensors files of one folder."""
+    """config.json and the headers of all safetensors files of one folder.
+
+    `foreign` are the modules that bitsandbytes packed: rows, columns and what `bnb.decode` needs to know.
+    """
 
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorHeader]
+    foreign: Mapping[str, tuple[int, int, dict[str, Any]]] = field(default_factory=dict)
+
+    @property
+    def rounded_by(self) -> str | None:
+        """What quantized this model, `circuitpress` or `bitsandbytes`; None for an ordinary checkpoint."""
+        return (self.config.get("quantization_config") or {}).get("quant_method")
 
     @property
     def packed(self) -> Mapping[str, Any]:
@@ -75,35 +86,66 @@ def resolve_checkpoint(model: str, *, trust_remote_code: bool = False) -> Path:
             f"{model}: no such folder", hint="pass a checkpoint folder or a Hub id user/name[@revision]"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
-    patterns += ["*.py"] if trust_remote_code else []
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+    patterns += ["README.md", *(["*.py"] if trust_remote_code else [])]
     try:
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
+    except GatedRepoError as error:
+        cause, hint = (
+            "asks for a licence to be accepted",
+            f"accept it on https://huggingface.co/{repo}, then: hf auth login",
+        )
+        raise CheckpointError(f"{model}: the repository {cause}", hint=hint) from error
+    except RepositoryNotFoundError as error:
+        hint = "check the spelling; a private repository needs: hf auth login"
+        raise CheckpointError(f"{model}: no such folder, and no such repository on the Hub", hint=hint) from error
+    except RevisionNotFoundError as error:
+        hint = f"take another branch, tag or commit, or none: {repo}"
+        raise CheckpointError(f"{repo}: the repository has no revision {revision!r}", hint=hint) from error
     except LocalEntryNotFoundError as error:
-        hint = "check the network, or download it elsewhere and pass the folder"
+        hint = "check the network (HF_HUB_OFFLINE too), or download it elsewhere and pass the folder"
         raise CheckpointError(f"{model}: no such folder, and the Hub cannot be reached", hint=hint) from error
     except HfHubHTTPError as error:
-        hint = "check the spelling and the revision; for a gated or private model run: hf auth login"
+        hint = "check the spelling and the revision; for a private model run: hf auth login"
         raise CheckpointError(f"{model}: no such folder, and the Hub answers: {error}", hint=hint) from error
 
 
 def read_headers(folder: Path, *, packed_ok: bool = False) -> Headers:
     """Reads and validates config.json and all safetensors headers of `folder`.
 
-    `packed_ok` admits a model that circuitpress wrote. Raises CheckpointError.
+    `packed_ok` admits a model that circuitpress or bitsandbytes packed. Raises CheckpointError.
     """
     config = _read_config(folder)
     quantization = config.get("quantization_config")
-    if quantization is not None and not (packed_ok and quantization.get("quant_method") == METHOD):
-        method = quantization.get("quant_method", "unknown method")
+    method = None if quantization is None else quantization.get("quant_method", "unknown method")
+    if method is not None and not (packed_ok and method in (METHOD, bnb.METHOD)):
         hint = "pass the checkpoint that it was made from: rounding what is already rounded loses twice"
+        looks = "; circuitpress inspect, sae, circuit, audit and eval look into it as it is"
+        hint += looks if method in (METHOD, bnb.METHOD) else ""
         raise CheckpointError(f"{folder} is already quantized ({method})", hint=hint)
     tensors: dict[str, TensorHeader] = {}
     for file in _weight_files(folder):
         tensors |= _read_file_header(file)
-    return Headers(folder, config, tensors)
+    if method != bnb.METHOD:
+        return Headers(folder, config, tensors)
+    shapes = {name: header.shape for name, header in tensors.items()}
+    return Headers(folder, config, tensors, bnb.packed_modules(shapes, lambda name: _bytes_of(tensors[name], name)))
+
+
+def _bytes_of(header: TensorHeader, name: str) -> bytes:
+    """A small tensor, without torch."""
+    from safetensors import safe_open
+
+    with safe_open(header.file, framework="np") as file:
+        return file.get_tensor(name).tobytes()
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -196,15 +238,11 @@ class Weights:
 
     def read(self, name: str) -> "torch.Tensor":
         """The tensor as stored; CheckpointError if it is missing, or if it holds NaN or infinity."""
-        import torch
-        from safetensors import safe_open
+        return self._finite(name, self._stored(name))
 
-        stored = self.stored_name(name)
-        if stored is None:
-            hint = "the checkpoint is incomplete or of another architecture: download it again"
-            raise CheckpointError(f"{self._headers.folder} has no tensor {name}", hint=hint)
-        with safe_open(self._headers.tensors[stored].file, framework="pt") as file:
-            tensor = file.get_tensor(stored)
+    def _finite(self, name: str, tensor: "torch.Tensor") -> "torch.Tensor":
+        import torch
+
         # The extremes of a tensor are NaN if anything in it is; a mask of it all would take as much memory again.
         if tensor.is_floating_point() and tensor.numel() and not bool(torch.stack(tensor.aminmax()).isfinite().all()):
             bad = int((~tensor.isfinite()).sum())
@@ -214,12 +252,22 @@ class Weights:
             )
         return tensor
 
+    def _stored(self, name: str) -> "torch.Tensor":
+        from safetensors import safe_open
+
+        stored = self.stored_name(name)
+        if stored is None:
+            hint = "the checkpoint is incomplete or of another architecture: download it again"
+            raise CheckpointError(f"{self._headers.folder} has no tensor {name}", hint=hint)
+        with safe_open(self._headers.tensors[stored].file, framework="pt") as file:
+            return file.get_tensor(stored)
+
     def is_packed(self, module: str) -> bool:
-        """Whether this module is stored in our packed form."""
-        return module in self._headers.packed
+        """Whether this module is stored as codes, ours or those of bitsandbytes."""
+        return module in self._headers.packed or module in self._headers.foreign
 
     def packed(self, module: str) -> "dict[str, torch.Tensor]":
-        """The flat tensors of a packed module, by the names that its formats give them."""
+        """The flat tensors of a module in our packed form, by the names that its formats give them."""
         from .formats import parse, segment_shape
 
         entry = self._headers.packed[module]
@@ -232,5 +280,8 @@ class Weights:
         """The weights of a packed module, float32 [rows, cols]."""
         from .formats import decode_segments
 
+        if module in self._headers.foreign:
+            # Read without that check: codes that are stored as a floating type may look like NaN.
+            return self._finite(module, bnb.decode(self._stored, module, *self._headers.foreign[module]))
         entry = self._headers.packed[module]
         return decode_segments(self.packed(module), entry["shape"], entry["axis"], entry["segments"])

@@ -294,6 +294,6 @@ def test_packed_models_are_scored_by_activations_only(tiny_llama: Path, tmp_path
         np.testing.assert_allclose(
             method(packed, behavior).values, method(dense, behavior).values, rtol=1e-4, atol=1e-5
         )
-    with pytest.raises(CheckpointError, match="weights are packed") as caught:
+    with pytest.raises(CheckpointError, match="weights are rounded already") as caught:
         rounding_effects(packed, behavior, [UnitId(0, "head", 0)], ["int4"])
     assert "score the original checkpoint" in (caught.value.hint or "")

@@ -11,8 +11,8 @@ So the intervention is the decision itself:
    behavior's own prompts; nothing else changes, so neighbours do not make up for the error.
 3. The block with these weights is a variant; all variants of all blocks ride one walk.
 
-A model whose weights are packed cannot be scored this way: they are rounded already, and rounding them again measures
-another thing. Its activations can still be scored.
+A model whose weights are rounded already (by circuitpress or bitsandbytes) cannot be scored this way: rounding them
+again measures another thing. Its activations can still be scored.
 """
 
 from collections.abc import Mapping, Sequence
@@ -84,11 +84,11 @@ def round_sets(
 
 
 def require_weights(stream: Stream) -> None:
-    """CheckpointError if the model's weights are packed, so that scores of weights mean nothing."""
+    """CheckpointError if the model's weights are rounded already, so that scores of weights mean nothing."""
     folder = stream.anatomy.folder
-    if read_headers(folder, packed_ok=True).packed:
+    if method := read_headers(folder, packed_ok=True).rounded_by:
         raise CheckpointError(
-            f"{folder}: its weights are packed: they are rounded already, and have no price any more",
+            f"{folder}: its weights are rounded already ({method}), and have no price any more",
             hint="score the original checkpoint; scores of activations work on both",
         )
 
