@@ -116,6 +116,19 @@ def split_protected(prices: Prices, units: Sequence[UnitId], anatomy: Anatomy) -
     )
 
 
+def name_units(prices: Prices, units: Sequence[UnitId], anatomy: Anatomy) -> Prices:
+    """Whole matrices, each with those of `units` whose weights it holds; ValueError for a unit that does not exist."""
+    owners: dict[str, list[UnitId]] = {}
+    for unit in units:
+        if not 0 <= unit.layer < len(anatomy.blocks):
+            raise ValueError(f"layer {unit.layer} does not exist: the model has layers 0 to {len(anatomy.blocks) - 1}")
+        block = anatomy.blocks[unit.layer]
+        for role in unit_weights(block, [unit]):
+            owners.setdefault(block.role(role).module, []).append(unit)
+    groups = tuple(replace(group, units=tuple(sorted(owners.get(group.name, ())))) for group in prices.groups)
+    return replace(prices, groups=groups)
+
+
 def unit_weights(block: Block, units: Sequence[UnitId]) -> dict[str, tuple[Axis, tuple[int, ...]]]:
     """Role of a matrix -> axis and indices of the rows (columns of `o` and `down`) that protecting `units` keeps.
 

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from circuitpress.formats import (
+    AbsmaxCodes,
+    AbsmaxFormat,
     BookCodes,
     CastFormat,
     CodebookFormat,
@@ -22,7 +24,7 @@ from circuitpress.formats import (
     segment_shape,
     split_segments,
 )
-from circuitpress.recipe import FORMAT
+from circuitpress.menu import FORMAT
 
 NAMES = [f"int{bits}g{group}" for bits in range(2, 9) for group in (1, 7, 16, 64, 128)] + [
     "float32",
@@ -32,10 +34,11 @@ NAMES = [f"int{bits}g{group}" for bits in range(2, 9) for group in (1, 7, 16, 64
 INTS = [f"int{bits}g{group}s6" for bits in (2, 3, 8) for group in (7, 64)]
 BOOKS = ["code2", "code3", "code4", "code2g7", "code3g64", "code3r4g16", "code4r1g64"]
 OUTLIERS = ["int3g16+0.5%", "int2g64s6+0.25%", "int4g7+0.01%"]
-NAMES += INTS + BOOKS + OUTLIERS
+SYMMETRIC = ["sym2g7", "sym3g16", "sym4g64", "sym5g128", "sym8c", "sym4c"]
+NAMES += INTS + BOOKS + OUTLIERS + SYMMETRIC + ["nf4", "llmint8"]
 
 
-Value = IntCodes | BookCodes | OutlierCodes | Tensor
+Value = AbsmaxCodes | IntCodes | BookCodes | OutlierCodes | Tensor
 
 
 def random_value(form: Format, rows: int, cols: int, seed: int = 0) -> Value:
@@ -48,6 +51,9 @@ def random_value(form: Format, rows: int, cols: int, seed: int = 0) -> Value:
         assert isinstance(base, IntCodes)
         positions = torch.randperm(rows * cols, generator=generator)[: form.count(rows, cols)].sort().values
         return OutlierCodes(base, positions, torch.randn(len(positions), generator=generator).half())
+    if isinstance(form, AbsmaxFormat):
+        codes = torch.randint(len(form.levels), (rows, cols), generator=generator, dtype=torch.uint8)
+        return AbsmaxCodes(codes, torch.rand(rows, -(-cols // form.width(cols)), generator=generator))
     assert isinstance(form, IntFormat | CodebookFormat)
     codes = torch.randint(2**form.bits, (rows, cols), generator=generator, dtype=torch.uint8)
     scales = torch.rand(rows, form.groups(cols), generator=generator).add(0.01)
@@ -55,6 +61,8 @@ def random_value(form: Format, rows: int, cols: int, seed: int = 0) -> Value:
         books = torch.randn(form.books(rows), 2**form.bits, generator=generator).half()
         return BookCodes(codes, books, form.round_scales(scales * torch.where(scales < 0.5, -1, 1)))
     zeros = torch.randint(2**form.bits, scales.shape, generator=generator, dtype=torch.uint8)
+    if form.symmetric:
+        zeros.fill_(2 ** (form.bits - 1))
     return IntCodes(codes, form.round_scales(scales), zeros)
 
 
@@ -68,17 +76,25 @@ def slow_decode(form: Format, value: Value) -> Tensor:
         for position, number in zip(value.positions.tolist(), value.values.tolist(), strict=True):
             result[position // result.shape[1], position % result.shape[1]] = number
         return result
-    assert isinstance(form, IntFormat | CodebookFormat)
+    assert isinstance(form, IntFormat | CodebookFormat | AbsmaxFormat)
     rows, cols = value.codes.shape
     result = torch.zeros(rows, cols)
     for r in range(rows):
         for c in range(cols):
-            g, code = c // (form.group_size or cols), int(value.codes[r, c])
+            code = int(value.codes[r, c])
+            if isinstance(form, AbsmaxFormat):
+                assert isinstance(value, AbsmaxCodes)
+                size = value.absmax[r, c // (form.block or cols)]
+                result[r, c] = (code - 127) * size * (1 / 127) if form.bits == 8 else form.levels[code] * size
+                continue
+            g = c // (form.group_size or cols)
             if isinstance(value, IntCodes):
                 entry = code - int(value.zeros[r, g])
             else:
                 assert isinstance(form, CodebookFormat)
+                assert isinstance(value, BookCodes)
                 entry = float(value.books[r // form.share if form.share else 0, code])
+            assert isinstance(value, IntCodes | BookCodes)
             result[r, c] = entry * float(value.scales[r, g])
     return result
 
@@ -111,6 +127,12 @@ def test_names_read_back(name: str) -> None:
         "int4g64+0.50%",
         "int4g64+0%",
         "code3+0.5%",
+        "sym4",
+        "sym1g64",
+        "sym4g64s6",
+        "sym4g64c",
+        "nf4g64",
+        "int8c",
     ],
 )
 def test_other_names_are_refused(name: str) -> None:
@@ -131,6 +153,8 @@ def test_short_names_are_completed() -> None:
     assert resolve("int4g16", group_size=32, dtype=torch.bfloat16) == "int4g16"
     for name in ("int4s6", "int3+0.5%", "int3s6+0.1%", "code3r16g64"):
         assert FORMAT.fullmatch(name)
+    assert resolve("sym4", group_size=32, dtype=torch.float32) == "sym4g32"
+    assert resolve("sym8c", group_size=32, dtype=torch.float32) == "sym8c"
     assert resolve("int4s6", group_size=32, dtype=torch.float32) == "int4g32s6"
     assert resolve("int3+0.5%", group_size=32, dtype=torch.float32) == "int3g32+0.5%"
     assert resolve("int3s6+0.1%", group_size=32, dtype=torch.float32) == "int3g32s6+0.1%"

@@ -11,7 +11,8 @@ from circuitpress.quantize.matrix import Quantized, group_bounds
 from .test_feedback import correlated, loss, normal
 
 MENU = ("int2g16", "int8g16", "float32", "int3g64", "bfloat16", "int4g16", "int3g16")
-OTHERS = ("int3g16s6", "int2g64s6", "code2", "code3g16", "int3g16+0.5%", "trellis2")
+OTHERS = ("int3g16s6", "int2g64s6", "code2", "code3g16", "int3g16+0.5%", "sym3g16", "sym4c", "nf4")
+OTHERS += ("llmint8", "trellis2")
 
 
 def same(a: Quantized, b: Quantized) -> bool:
@@ -55,7 +56,7 @@ def test_more_bits_cost_less() -> None:
     assert all(after < 0.5 * before for before, after in zip(losses, losses[1:], strict=False))
 
 
-@pytest.mark.parametrize("name", ["int2g16", "int4g64", *OTHERS[:-1]])
+@pytest.mark.parametrize("name", ["int2g16", "int4g64", *OTHERS[:-2]])
 def test_polish_costs_nothing_and_pays(name: str) -> None:
     weight, hessian = normal(11, 45), correlated(45) * 1e-4
     plain, polished = (

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .absmax import AbsmaxCodes, AbsmaxFormat
 from .base import Format
 from .cast import CastFormat
 from .codebook import BookCodes, CodebookFormat
@@ -20,6 +21,8 @@ from .segments import pack_segments, segment_shape, split_segments
 from .trellis import TrellisCodes, TrellisFormat, default_memory
 
 __all__ = [
+    "AbsmaxCodes",
+    "AbsmaxFormat",
     "BookCodes",
     "CastFormat",
     "CodebookFormat",
@@ -42,9 +45,15 @@ _INT = r"int([2-8])g([1-9]\d*)(?:s(6))?"
 _SHARE = r"(0\.(?:5|[1-4][1-9]?|0[1-9]))%"
 _TABLE = (
     (re.compile(_INT), lambda *found: _int(*found)),
+    (
+        re.compile(r"sym([2-8])(?:g([1-9]\d*)|c)"),
+        lambda bits, group: IntFormat(int(bits), int(group or 0), symmetric=True),
+    ),
     (re.compile(rf"{_INT}\+{_SHARE}"), lambda *found: OutlierFormat(_int(*found[:3]), float(found[3]))),
     (re.compile(r"code([2-4])(?:(?:r([1-9]\d*))?g([1-9]\d*))?"), lambda *found: _codebook(*found)),
     (re.compile(r"trellis(1\.5|2|2\.5|3|3\.5|4)(?:l(1[0-6]))?"), lambda bits, memory: _trellis(bits, memory)),
+    (re.compile(r"nf4"), lambda: AbsmaxFormat(4, 64)),
+    (re.compile(r"llmint8"), lambda: AbsmaxFormat(8, 0)),
     (re.compile(r"(float32|float16|bfloat16)"), lambda dtype: CastFormat(getattr(torch, dtype))),
 )
 
@@ -56,8 +65,8 @@ def parse(name: str) -> Format:
             return build(*match.groups())
     raise ValueError(
         f"{name!r} is not a format: there are int2 to int8 (int4g32 sets the group, int4s6 takes scales in 6 bits, "
-        "int4+0.5% keeps outliers), code2 to code4 (code3g64, code3r16g64), trellis1.5 to trellis4 by halves, float16, "
-        "bfloat16, float32, dense"
+        "int4+0.5% keeps outliers), sym2 to sym8 (sym4g32, sym8c), code2 to code4 (code3g64, code3r16g64), trellis1.5 "
+        "to trellis4 by halves, nf4, llmint8, float16, bfloat16, float32, dense"
     )
 
 
@@ -76,7 +85,7 @@ def _trellis(bits: str, memory: str | None) -> TrellisFormat:
 
 def resolve(name: str, *, group_size: int, dtype: torch.dtype) -> str:
     """The complete name: `int4` takes the recipe's group size, `dense` the checkpoint's own type."""
-    if match := re.fullmatch(r"(int[2-8])((s6)?(\+.*)?)", name):
+    if match := re.fullmatch(r"((?:int|sym)[2-8])((s6)?(\+.*)?)", name):
         name = f"{match[1]}g{group_size}{match[2]}"
     elif name == "dense":
         name = str(dtype).removeprefix("torch.")

@@ -9,6 +9,7 @@ from .budget import Budget
 from .constraints import Constraint, cap
 from .correction import Curve
 from .difference import Difference, diff
+from .latency import LatencyTable, TimeLimit
 from .make import Problem, make_plan, pose, write_plan
 from .pareto import Point, pareto, thin
 from .solve import Solution, solve
@@ -19,11 +20,13 @@ __all__ = [
     "Constraint",
     "Curve",
     "Difference",
+    "LatencyTable",
     "Measure",
     "Point",
     "Problem",
     "Solution",
     "Swaps",
+    "TimeLimit",
     "cap",
     "diff",
     "improve",

@@ -1,7 +1,7 @@
-"""Budgets as a user writes them: `3.0bpw`, `40%`, `900MB`.
+"""Budgets as a user writes them: `3.0bpw`, `40%`, `900MB`; `12ms@batch1` is a time and leaves bytes free (latency.py).
 
-All three become one number, the most bytes that the linear weights of the decoder blocks may take. Arithmetic is exact
-(fractions, then floor), so a plan that uses every byte of its budget is never one byte above it.
+The first three become one number, the most bytes that the linear weights of the decoder blocks may take. Arithmetic is
+exact (fractions, then floor), so a plan that uses every byte of its budget is never one byte above it.
 """
 
 import re
@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from ..errors import RecipeError
 
-_BUDGET = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(bpw|%|[kMG]?B|[KMG]iB)")
+_BUDGET = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(bpw|%|[kMG]?B|[KMG]iB|[um]s@batch\d+)")
 _BYTES = {
     "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9,
     "KiB": 2**10, "MiB": 2**20, "GiB": 2**30,
@@ -19,7 +19,7 @@ _BYTES = {
 
 @dataclass(frozen=True)
 class Budget:
-    """How much a compressed model may take: `value` in `unit` (bpw, % or bytes); `text` is what was written."""
+    """How much a compressed model may take: `value` in `unit` (bpw, %, bytes, time); `text` is what was written."""
 
     text: str
     value: Fraction
@@ -32,8 +32,8 @@ class Budget:
         if match is None or Fraction(match[1]) <= 0:
             raise RecipeError(
                 [f"plan.budget: {text!r} is not a budget"],
-                hint="write bits per weight (3.0bpw), percent of the 16-bit linear weights (40%) or bytes of all "
-                "weight files (900MB, 1.2GB), above zero",
+                hint="write bits per weight (3.0bpw), percent of the 16-bit linear weights (40%), bytes of all weight "
+                "files (900MB, 1.2GB) or a time (12ms@batch1), above zero",
             )
         return cls(text.strip(), Fraction(match[1]), match[2])
 
@@ -52,4 +52,6 @@ class Budget:
             return int(self.value * linear_numel / 8)
         if self.unit == "%":
             return int(self.value * 2 * linear_numel / 100)
+        if "@" in self.unit:  # a time: as many bytes as there are in float32
+            return 4 * linear_numel
         return int(self.value * _BYTES[self.unit]) - other_bytes

@@ -8,15 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import RecipeError
+from ..menu import TARGETS, refuse_formats
 from ..units import OUTER, Decision, Plan, Prices
 from .budget import Budget
 from .constraints import Constraint, matching, rules
 from .constraints import budget as budget_rule
 from .correction import Curve
+from .latency import LatencyTable, TimeLimit, time_rule
 from .outside import AUTO, join, outer_on_offer, widen
 from .solve import Solution, solve
-
-TARGETS = ("native",)
+from .targets import target_rules
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,21 +51,31 @@ def pose(
     constraints: Sequence[Constraint] = (),
     outer: Prices | None = None,
     outer_format: str = AUTO,
+    latencies: LatencyTable | None = None,
 ) -> Problem:
-    """The problem of a plan within `budget` (`3.0bpw`, `40%`, `900MB`).
+    """The problem of a plan within `budget` (`3.0bpw`, `40%`, `900MB`, or `12ms@batch1` by the times in `latencies`).
 
     `protect` names units, layers or modules that keep the best format (see `constraints.matching`); `floors` maps a
     layer to its least nominal bits; `constraints` adds rules of any kind. `outer` are the prices of embedding and
-    lm_head and `outer_format` what they may be (see `outside`). `other_bytes` are all bytes of neither table. Raises
+    lm_head and `outer_format` what they may be (see `outside`). `target` is the runtime (see `targets`; its groups are
+    those of `targets.fit`). `other_bytes` are all bytes of neither table. Raises
     RecipeError for a faulty option.
     """
-    if target not in TARGETS:
-        raise RecipeError([f"plan.target: {target!r} is not a target"], hint=f"there is {', '.join(TARGETS)}")
+    if problems := refuse_formats(target, prices.formats):
+        again = f"score again with --set plan.target={target}, which prices its formats"
+        raise RecipeError(problems, hint=again if target in TARGETS else "pass one of them")
     limit = Budget.parse(budget)
     table = prices if outer is None else join(prices, outer_on_offer(outer, outer_format, limit))
+    time = TimeLimit.parse(budget)
+    if time is not None and latencies is None:
+        hint = "circuitpress bench kernels MODEL --save FILE, then --latencies FILE (plan.latencies in a recipe)"
+        raise RecipeError([f"plan.budget: {budget} is a time, and there is no table of times"], hint=hint)
     every = [
-        budget_rule(table, limit, other_bytes=other_bytes),
+        budget_rule(table, limit, other_bytes=other_bytes)
+        if time is None or latencies is None
+        else time_rule(table, time, latencies),
         *rules(table, protect_patterns=protect, floors=floors),
+        *target_rules(table, target),
         *(rule if table is prices else widen(rule, prices, table) for rule in constraints),
     ]
     kept = matching(table.groups, protect) if protect else np.zeros(len(table.groups), dtype=np.bool_)
@@ -108,10 +119,11 @@ def make_plan(
     constraints: Sequence[Constraint] = (),
     outer: Prices | None = None,
     outer_format: str = AUTO,
+    latencies: LatencyTable | None = None,
 ) -> Plan:
     """The cheapest plan of the problem that `pose` describes; InfeasibleBudget if nothing fits."""
     problem = pose(
         prices, budget=budget, target=target, protect=protect, floors=floors, other_bytes=other_bytes,
-        constraints=constraints, outer=outer, outer_format=outer_format,
+        constraints=constraints, outer=outer, outer_format=outer_format, latencies=latencies,
     )  # fmt: skip
     return write_plan(problem, solve(problem.prices, problem.constraints), curve=curve)

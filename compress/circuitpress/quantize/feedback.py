@@ -53,7 +53,7 @@ class Rounding(NamedTuple):
 
 def gptq(
     weight: Tensor, hessian: Tensor, bounds: Sequence[tuple[int, int]], maxq: Tensor, *, tops: Tensor | None = None,
-    free: Tensor | None = None, polished: bool = False,
+    free: Tensor | None = None, polished: bool = False, symmetric: bool = False,
 ) -> Rounding:  # fmt: skip
     """Rounds `weight` [rows, cols], of any floating type, to integer grids.
 
@@ -61,9 +61,10 @@ def gptq(
     gaps; `maxq` [rows, groups] is the largest code (2**bits - 1) of each row in each group, 0 where the weights stay as
     they are (their error is zero and their codes mean nothing). `tops` [rows, groups] are the shared exponents of
     scales in 6 bits (infinite: float16), `free` bool [rows, cols] weights that become any float16 number; `polished`
-    adds coordinate descent (polish.py), unless the Hessian had to be rescued.
+    adds coordinate descent (polish.py), unless the Hessian had to be rescued; `symmetric` grids have their zero in the
+    middle.
     """
-    grids = AffineGrids(maxq, tops)
+    grids = AffineGrids(maxq, tops, symmetric=symmetric)
     codes, values, fallback = round_columns(weight, hessian, bounds, grids, free=free, polished=polished)
     scales, zeros = grids.scales.T.half().contiguous(), grids.zeros.T.to(torch.uint8).contiguous()
     return Rounding(codes.T.contiguous(), scales, zeros, fallback, None if values is None else values.T)

@@ -1,8 +1,8 @@
 """One matrix, several formats: along its rows, along its columns, or all formats of a menu at once.
 
-Integer formats of one group size share a GPTQ pass, since rows do not influence each other. Every other format rounds
-its segment by itself (`_ROUND`). Segments of columns do influence each other: integers share one pass; where other
-formats take part the segments are rounded one after the other, each against what the later ones can make up for:
+Integer formats of one group size and kind share a GPTQ pass, since rows do not influence each other. Every other format
+rounds its segment by itself. Segments of columns do influence each other: integers of one kind share one pass; where
+other formats take part the segments are rounded one after the other, each against what the later ones can make up for:
 
     H' = H_aa - H_ab H_bb^-1 H_ba       W_b <- W_b - E_a H_ab H_bb^-1        a: this segment, b: all later ones
 
@@ -16,8 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import CastFormat, CodebookFormat, Format, IntCodes, IntFormat, OutlierFormat, TrellisFormat, parse
+from ..formats import (
+    AbsmaxFormat,
+    CastFormat,
+    CodebookFormat,
+    Format,
+    IntCodes,
+    IntFormat,
+    OutlierFormat,
+    TrellisFormat,
+    parse,
+)
 from ..units import Axis
+from .absmax import round_absmax
 from .codebook import round_codebook
 from .draft import draft_trellis
 from .feedback import DAMPING, Rounding, gptq
@@ -84,7 +95,7 @@ def quantize_matrix(
     parts = [(parse(name), start, stop) for name, start, stop in segments]
     if axis == "rows":
         values = _round_rows(weight, hessian, parts, polish=polish)
-    elif all(isinstance(form, IntFormat | CastFormat) for form, _, _ in parts):
+    elif all(isinstance(form, IntFormat | CastFormat) for form, _, _ in parts) and len(_kinds(parts)) < 2:
         values = _round_int_columns(weight, hessian, parts, polish=polish)
     else:
         values = _round_columns_in_turn(weight, hessian, parts, polish=polish)
@@ -100,9 +111,13 @@ _Value = tuple[Any, str]
 def _round_rows(weight: Tensor, hessian: Tensor, parts: Sequence[_Part], *, polish: bool) -> list[_Value]:
     """Rounds segments of rows, which may overlap."""
     found: dict[int, _Value] = {}
-    sizes = {form.group_size for form, _, _ in parts if isinstance(form, IntFormat)}
-    for size in sorted(sizes):
-        index = [i for i, (form, _, _) in enumerate(parts) if isinstance(form, IntFormat) and form.group_size == size]
+    passes = {(form.group_size, form.symmetric) for form, _, _ in parts if isinstance(form, IntFormat)}
+    for one in sorted(passes):
+        index = [
+            i
+            for i, (form, _, _) in enumerate(parts)
+            if isinstance(form, IntFormat) and (form.group_size, form.symmetric) == one
+        ]
         values = _round_int_rows(weight, hessian, [parts[i] for i in index], polish=polish)
         found |= dict(zip(index, values, strict=True))
     trellises = [i for i, (form, _, _) in enumerate(parts) if isinstance(form, TrellisFormat)]
@@ -117,15 +132,17 @@ def _round_rows(weight: Tensor, hessian: Tensor, parts: Sequence[_Part], *, poli
             found[i] = piece.to(form.dtype), ""
         elif isinstance(form, CodebookFormat):
             found[i] = round_codebook(piece, hessian, form, polished=polish)
+        elif isinstance(form, AbsmaxFormat):
+            found[i] = round_absmax(piece, hessian, form, polished=polish)
         elif isinstance(form, OutlierFormat):
             found[i] = round_with_outliers(piece, hessian, form, polished=polish)
     return [found[i] for i in range(len(parts))]
 
 
 def _round_int_rows(weight: Tensor, hessian: Tensor, parts: Sequence[_Part], *, polish: bool) -> list[_Value]:
-    """Segments of rows in integer formats of one group size: one pass over their rows."""
+    """Segments of rows in integer formats of one group size, all symmetric or none: one pass over their rows."""
     forms = [form for form, _, _ in parts if isinstance(form, IntFormat)]
-    bounds = group_bounds(0, weight.shape[1], forms[0].group_size)
+    bounds = group_bounds(0, weight.shape[1], forms[0].width(weight.shape[1]))
     pieces = [weight[start:stop] for _, start, stop in parts]
     ends = torch.tensor([0, *(len(piece) for piece in pieces)]).cumsum(0).tolist()
     maxq = torch.cat([torch.full((len(piece), 1), _maxq(form)) for form, piece in zip(forms, pieces, strict=True)])
@@ -135,7 +152,7 @@ def _round_int_rows(weight: Tensor, hessian: Tensor, parts: Sequence[_Part], *, 
         tops = tops.expand(-1, len(bounds))
     stacked = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
     maxq = maxq.expand(-1, len(bounds)).to(weight.device)
-    rounding = gptq(stacked, hessian, bounds, maxq, tops=tops, polished=polish)
+    rounding = gptq(stacked, hessian, bounds, maxq, tops=tops, polished=polish, symmetric=forms[0].symmetric)
     return [
         (_int_codes(rounding, slice(a, b), slice(None), slice(None)), rounding.fallback)
         for a, b in zip(ends, ends[1:], strict=False)
@@ -148,7 +165,7 @@ def _round_int_columns(weight: Tensor, hessian: Tensor, parts: Sequence[_Part], 
     bounds: list[tuple[int, int]] = []
     spans, levels, tops = [], [], []
     for form, start, stop in parts:
-        size = form.group_size if isinstance(form, IntFormat) else stop - start
+        size = form.width(stop - start) if isinstance(form, IntFormat) else stop - start
         groups = group_bounds(start, stop, size)
         spans.append(slice(len(bounds), len(bounds) + len(groups)))
         levels += [_maxq(form)] * len(groups)
@@ -156,7 +173,10 @@ def _round_int_columns(weight: Tensor, hessian: Tensor, parts: Sequence[_Part], 
         bounds += groups
     maxq = torch.tensor(levels, device=weight.device)[None].expand(rows, -1)
     short = any(isinstance(form, IntFormat) and form.scale_bits != 16 for form, _, _ in parts)
-    rounding = gptq(weight, hessian, bounds, maxq, tops=torch.cat(tops, 1) if short else None, polished=polish)
+    rounding = gptq(
+        weight, hessian, bounds, maxq, tops=torch.cat(tops, 1) if short else None, polished=polish,
+        symmetric=True in _kinds(parts),
+    )  # fmt: skip
     return [
         (weight[:, start:stop].to(form.dtype), "")
         if isinstance(form, CastFormat)
@@ -192,6 +212,11 @@ def _round_columns_in_turn(weight: Tensor, hessian: Tensor, parts: Sequence[_Par
 
 def _int_codes(rounding: Rounding, rows: slice, cols: slice, groups: slice) -> IntCodes:
     return IntCodes(rounding.codes[rows, cols], rounding.scales[rows, groups], rounding.zeros[rows, groups])
+
+
+def _kinds(parts: Sequence[_Part]) -> set[bool]:
+    """Whether the integer formats among the parts are symmetric."""
+    return {form.symmetric for form, _, _ in parts if isinstance(form, IntFormat)}
 
 
 def _maxq(form: Format) -> int:

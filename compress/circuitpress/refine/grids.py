@@ -19,7 +19,8 @@ class SoftInt(Soft):
     def __init__(self, form: IntFormat, value: IntCodes) -> None:
         super().__init__()
         self.form = form
-        self._round_scales, self._size, self._maxq = form.round_scales, form.group_size, 2**form.bits - 1
+        size = form.width(value.codes.shape[1])
+        self._round_scales, self._size, self._maxq = form.round_scales, size, 2**form.bits - 1
         self.latent = nn.Parameter(value.codes.float())
         self.log_scale = nn.Parameter(value.scales.float().log())
         self.register_buffer("zeros", value.zeros.float())

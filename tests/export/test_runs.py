@@ -1,0 +1,95 @@
+"""From a recipe with a target to the export, through the command line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from circuitpress.cli import invoke
+from circuitpress.console import Console
+from circuitpress.export.gguf import read_imatrix
+from circuitpress.price import has_hessians
+from circuitpress.recipe import Recipe
+from circuitpress.run.exporting import _diagonals
+from circuitpress.run.folder import open_folder
+from circuitpress.run.session import Session
+from circuitpress.units import Plan
+
+SETTINGS = ["data.samples=4", "data.length=24", "evaluate.windows=2", "plan.probes=[]", "plan.swaps=0", "score.exact=0"]
+
+
+def run(model: Path, text: Path, out: Path, *changes: str) -> int:
+    recipe = out.with_suffix(".yaml")
+    recipe.write_text(f"model: {model}\ndata: {{calibration: {text}}}\nrun: {{device: cpu}}\n")
+    settings = [flag for change in (*SETTINGS, *changes) for flag in ("--set", change)]
+    return invoke(["run", str(recipe), "--out", str(out), "--quiet", *settings])
+
+
+def test_a_plan_for_vllm_has_one_format_for_fused_matrices(
+    llama: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    protect = "plan.protect=[L1.head.3]"
+    changes = ["plan.target=compressed-tensors", "plan.budget=10bpw", protect, "prune.neurons=0.25"]
+    assert run(llama, text_file, tmp_path / "run", *changes) == 0
+    plan = Plan.load(tmp_path / "run" / "plan.json")
+    assert plan.target == "compressed-tensors"
+    formats = {group.name.rpartition(".")[2] for group in (decision.group for decision in plan.decisions)}
+    assert formats == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    kept = {decision.group.name: decision.format for decision in plan.decisions if decision.protected}
+    best = {"model.layers.1.self_attn.qkv_proj": "float32", "model.layers.1.self_attn.o_proj": "float32"}
+    assert kept == best
+    capsys.readouterr()
+    out = tmp_path / "out"
+    assert invoke(["export", str(tmp_path / "run" / "model"), "--format", "compressed-tensors", "--out", str(out)]) == 0
+    assert "loaded in a fresh process" in capsys.readouterr().out
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "llama" and config["intermediate_size"] == 96  # a plain Llama, a quarter narrower
+    written = json.loads((out / "export.json").read_text())["bytes"]
+    stored = sum(decision.nbytes for decision in plan.decisions) + plan.other_bytes
+    assert written == pytest.approx(stored, rel=0.1)  # headers and the lists of words are most of the difference
+    assert invoke(["export", str(tmp_path / "run" / "model"), "--format", "gguf", "--out", str(tmp_path / "no")]) == 2
+    assert invoke(["plan", str(tmp_path / "run"), "--target", "gguf"]) == 2
+    assert "plan.formats: gguf cannot hold sym4g32" in capsys.readouterr().err
+
+
+def test_gguf_takes_types_importance_and_the_unrounded_model(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    menu = "plan.formats=[int4g32,int5g32,sym8g32,dense]"
+    assert run(llama, text_file, tmp_path / "run", "plan.target=gguf", "plan.budget=6bpw", menu) == 0
+    out = tmp_path / "out"
+    command = ["export", str(tmp_path / "run" / "model"), "--format", "gguf", "--out", str(out)]
+    assert invoke([*command, "--dtype", "float16"]) == 2
+    assert invoke([*command, "--dry-run"]) == 0 and not out.exists()
+    assert invoke(command) == 0
+    document = json.loads((out / "export.json").read_text())
+    assert document["check"]["max_logit_error"] == 0
+    plan = Plan.load(tmp_path / "run" / "plan.json")
+    assert document["linear_bytes"] == plan.linear_bytes
+    assert plan.bits_per_weight <= 6
+    assert set(document["types"].values()) <= {"q4_0", "q5_0", "q8_0", "f32"}
+    assert len((out / "tensor-types.txt").read_text().splitlines()) == 14
+    assert str(out) in document["commands"][0] and "unchecked" not in " ".join(document["commands"])
+    weights = read_imatrix(out / "imatrix.gguf")
+    assert all(float(values.std()) > 0 and abs(float(values.mean()) - 1) < 1e-3 for values in weights.values())
+    shutil.move(tmp_path / "run" / "model", tmp_path / "model")
+    assert invoke(["export", str(tmp_path / "model"), "--format", "gguf", "--out", str(tmp_path / "other")]) == 1
+
+
+def test_importance_of_a_large_model_takes_a_walk(
+    llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for name, kept in (("kept", 1 << 30), ("walk", 0)):
+        monkeypatch.setattr("circuitpress.price.KEPT_HESSIANS", kept)
+        assert (
+            run(llama, text_file, tmp_path / name, "plan.target=gguf", "plan.formats=[sym8g32]", "plan.budget=9bpw")
+            == 0
+        )
+        assert has_hessians(tmp_path / name / "pricing") == bool(kept)
+        with open_folder(tmp_path / name, create=False) as folder:
+            session = Session(folder, Recipe.load(tmp_path / name / "recipe.yaml"), Console(quiet=True))
+            found.append(_diagonals(session))
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 14
+    for name, values in found[0].items():
+        np.testing.assert_allclose(found[1][name], values, rtol=1e-4)
