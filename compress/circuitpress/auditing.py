@@ -11,6 +11,7 @@ from .console import Console
 @command(
     "circuitpress audit runs/mine/model --reference path/to/checkpoint --out runs/audit",
     "circuitpress audit runs/mine/model --reference MODEL --behaviors behaviors.yaml --sae runs/sae --out runs/audit",
+    "circuitpress audit MODEL --reference M --behaviors F --circuit runs/induction/circuit.json --out runs/audit",
 )
 @click.argument("model")
 @click.option("--reference", required=True, help="The original, or any model with the same tokenizer.")
@@ -19,6 +20,14 @@ from .console import Console
 @click.option("--windows", type=click.IntRange(1), default=16, show_default=True, help="Windows of text.")
 @click.option("--length", type=click.IntRange(2), default=256, show_default=True, help="Tokens in a window.")
 @click.option("--behaviors", type=FOLDER, help="Behaviors to measure in both models: a .yaml or .jsonl.")
+@click.option(
+    "--safety/--no-safety", default=True, show_default=True,
+    help="For chat models: whether refusals, disagreement and honesty are still there.",
+)  # fmt: skip
+@click.option(
+    "--circuit", "circuits", type=FOLDER, multiple=True,
+    help="A circuit.json to verify in both models, on the behavior of --behaviors that it is of; may be repeated.",
+)  # fmt: skip
 @click.option("--sae", type=FOLDER, help="An SAE of the reference, to see which of its features survive.")
 @click.option("--site", help="Where the SAE reads, such as L4.resid_post. Default: what its folder says.")
 @device

@@ -136,6 +136,59 @@ def features(console: Console, model: str, sae_folder: Path, **options: Any) -> 
     console.result(*show_features(model, sae_folder, console, **options))
 
 
+_drawn = click.option("--seed", type=int, default=0, show_default=True, help="Of windows and excerpts.")
+
+
+@sae.add_command
+@command(
+    "circuitpress sae explain path/to/checkpoint runs/sae --out runs/labels",
+    "circuitpress sae explain MODEL SAE --feature 12 --feature 400 --shown 20 --out runs/labels",
+)
+@click.argument("model")
+@click.argument("sae_folder", metavar="SAE", type=FOLDER)
+@click.option("--out", type=FOLDER, required=True, help="Folder for prompts.jsonl.")
+@click.option("--feature", "features", type=click.IntRange(0), multiple=True, help="A feature; may be repeated.")
+@click.option("--count", type=click.IntRange(1), default=24, show_default=True, help="Features, if none is named.")
+@click.option("--shown", type=click.IntRange(1), default=10, show_default=True, help="Excerpts in a prompt.")
+@_site
+@_text
+@_window(512, 64)
+@_drawn
+@device
+def explain(console: Console, model: str, sae_folder: Path, **options: Any) -> None:
+    """Write prompts that ask for labels of features.
+
+    A prompt shows the text on which a feature peaks, and can be given to any language model. None is called here.
+    """
+    from .run.labels import explain_features
+
+    console.result(*explain_features(model, sae_folder, console, **options))
+
+
+@sae.add_command
+@command("circuitpress sae labels MODEL runs/sae --labels runs/labels/prompts.jsonl --judge JUDGE --out runs/labels")
+@click.argument("model")
+@click.argument("sae_folder", metavar="SAE", type=FOLDER)
+@click.option("--labels", type=FOLDER, required=True, help="The prompts.jsonl with labels, or rows of feature, label.")
+@click.option("--judge", required=True, help="Any causal language model: a folder or a Hub id.")
+@click.option("--out", type=FOLDER, required=True, help="Folder for labels.json.")
+@click.option("--texts", type=click.IntRange(2), default=10, show_default=True, help="Excerpts of each kind.")
+@_site
+@_text
+@_window(512, 64)
+@_drawn
+@device
+def labels(console: Console, model: str, sae_folder: Path, **options: Any) -> None:
+    """Score labels of features by detection.
+
+    Can a judge tell with a label on which text the feature fires? On text that made no prompt, beside the same with
+    another feature's label. Labels stay unproven.
+    """
+    from .run.labels import score_labels
+
+    console.result(*score_labels(model, sae_folder, console, **options))
+
+
 @sae.add_command
 @command("circuitpress sae steer path/to/checkpoint runs/sae --feature 12 --alpha 4 --alpha -4")
 @click.argument("model")

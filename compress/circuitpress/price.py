@@ -65,7 +65,8 @@ def price(
 
     For behaviors, whose prompts matter at some places only: `positions` bool [n, length] says which predictions count,
     and nats are per prediction that counts; `beside` are folders of shards whose Hessians, times a weight, join those
-    that weights are rounded with; `rounded_for` is a folder whose Hessians are used instead.
+    that weights are rounded with, in blocks for which there are any; `rounded_for` is a folder whose Hessians are used
+    instead.
     """
     batches = stream.batches(windows)
     hidden, gradients, finals = stream.store("inputs"), stream.store("gradients"), stream.store("finals")
@@ -80,14 +81,15 @@ def price(
 
         def visit(index: int, module: nn.Module, inputs: Callable[[int], Tensor]) -> None:
             place = stream.anatomy.blocks[index]
-            visitor = _BlockPricer(stream, module, place, inputs, gradients, keys, windows.shape, counted)
+            visitor = BlockPricer(stream, module, place, inputs, gradients, keys, windows.shape, counted)
             path = shard_path(folder, index)
             if path.exists():
                 visitor.pull_all()
             else:
                 groups = groups_of(place, granularity, neuron_block=neuron_block)
                 order = (neuron_order or {}).get(index)
-                hessians = [(load_hessians(other, place, stream.device), weight) for other, weight in others]
+                there = [(other, weight) for other, weight in others if shard_path(other, index).exists()]
+                hessians = [(load_hessians(other, place, stream.device), weight) for other, weight in there]
                 arrays, notes = visitor.price(
                     formats, groups, by_unit=granularity == "unit", order=order, hessians=hessians,
                     replace=rounded_for is not None,
@@ -162,7 +164,7 @@ def _keeps_hessians(anatomy: Anatomy) -> bool:
     return 4 * sum(m.cols**2 for block in anatomy.blocks for m in block.matrices) <= KEPT_HESSIANS
 
 
-class _BlockPricer:
+class BlockPricer:
     """The work on one resident block."""
 
     def __init__(

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from circuitpress.behaviors import GENERATORS, Behavior, Pairs, Sentences, Unfit, generate, load_behaviors
 from circuitpress.behaviors.build import encode
+from circuitpress.behaviors.sources import OWN
 from circuitpress.errors import CircuitpressError
 
 from .test_load import word_tokenizer
@@ -212,10 +213,9 @@ def test_the_prompts_for_chat_models_align_in_words(name: str, demo: Any) -> Non
 
     tokenizer = copy.deepcopy(demo)
     tokenizer.chat_template = TEMPLATE
-    folder = BUILTIN.parent
     import yaml
 
-    pairs = yaml.safe_load((folder / f"{name}.yaml").read_text())["pairs"]
+    pairs = yaml.safe_load((OWN / f"{name}.yaml").read_text())["pairs"]
     assert all(len(pair["clean"].split()) == len(pair["corrupted"].split()) for pair in pairs)
     assert all(pair["clean"] != pair["corrupted"] for pair in pairs)
     lengths = [[len(encode(pair[side], tokenizer)) for side in ("clean", "corrupted")] for pair in pairs]

@@ -72,6 +72,26 @@ def test_everything_that_was_found_is_shown(tmp_path: Path) -> None:
     assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe"}
 
 
+def test_circuits_and_the_limits_of_the_safety_set(tmp_path: Path) -> None:
+    side = {"faithfulness": {"value": 0.97, "low": 0.91, "high": 1.02}, "left": 0.04, "whole": 6.5, "empty": -1.0}
+    row = {"behavior": "induction", "size": 3, "granularity": "nodes", "reference": side}
+    rows = [row | {"model": side, "lost": False}, row | {"model": {"reason": "no effect here"}, "lost": True}]
+    page = read(write_audit(document(behaviors=[BEHAVIOR | {"safety": True}], circuits=rows), tmp_path / "audit.html"))
+    text = " ".join(" ".join(page.text).split())
+    for expected in (
+        "0.97 (0.91 to 1.02)",
+        "3 nodes",
+        "holds",
+        "LOST",
+        "no effect here",
+        "Circuits that changed 1 of 2",
+    ):
+        assert expected in text, expected
+    assert "not that a model is safe" in text
+    plain = read(write_audit(document(behaviors=[BEHAVIOR]), tmp_path / "plain.html"))
+    assert "not that a model is safe" not in " ".join(plain.text)
+
+
 @pytest.mark.parametrize("alike", [True, False])
 def test_what_was_not_looked_at_is_not_on_the_page(alike: bool, tmp_path: Path) -> None:
     found = inside() if alike else {}

@@ -176,3 +176,29 @@ def test_results_without_loss_are_shown(copy: Path) -> None:
 def test_a_tall_model_fits(tmp_path: Path) -> None:
     path = write_report(write_run(tmp_path / "tall", blocks=72, heads=40, neurons=100))
     assert path.stat().st_size < 700_000
+
+
+def test_tasks_and_behaviors_are_shown_with_their_errors(copy: Path) -> None:
+    row = {
+        "task": "arc_easy", "metric": "acc", "reference": 0.5, "value": 0.46, "difference": -0.04,
+        "difference_stderr": 0.011, "higher_is_better": True, "documents": 2376, "asked": True,
+    }  # fmt: skip
+    bare = row | {"task": "lambada", "metric": "perplexity", "difference_stderr": None, "higher_is_better": False}
+    tasks = {
+        "rows": [row, bare, row | {"task": "part", "asked": False}],
+        "recovery": 0.92,
+        "provenance": {"lm_eval": "1.2.3"},
+    }
+    (copy / "evaluate" / "tasks.json").write_text(json.dumps(tasks))
+    behavior = {
+        "name": "agreement", "pairs": 80, "reference_accuracy": 0.98, "accuracy": 0.91, "reference_margin": 3.2,
+        "margin": 2.5, "kept": False,
+    }  # fmt: skip
+    (copy / "evaluate" / "behaviors.json").write_text(json.dumps([behavior]))
+    page = write_report(copy).read_text()
+    for text in ("arc_easy · acc", "-0.04 ± 0.011", "lambada · perplexity (less is better)", "92.0%", "1.2.3"):
+        assert text in page
+    for text in ("agreement", "98.0%", "91.0%", "below its floor"):
+        assert text in page
+    assert "part · acc" not in page
+    assert "Tasks: change of 1 scores" in page, "a figure for what has a paired error"

@@ -5,34 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from circuitpress.behaviors import Pairs
 from circuitpress.cli import invoke
 
-from ..organisms import TOKENS, compiled_induction, repeated_tokens
+from ..organisms import TOKENS, compiled_with_words
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The compiled model with a tokenizer of its twenty words, and prompts in task.jsonl."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = compiled_induction(tmp_path_factory.mktemp("compiled"))
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(TOKENS)}, unk_token="t0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
-    pairs = repeated_tokens(20).pairs
-    assert isinstance(pairs, Pairs)
-    rows = []
-    for row in range(len(pairs)):
-        stop = int(pairs.position[row]) + 1
-        clean, corrupted = (
-            " ".join(f"t{i}" for i in ids[row, :stop].tolist()) for ids in (pairs.clean, pairs.corrupted)
-        )
-        answer, wrong = f" t{pairs.answer[row]}", f" t{pairs.wrong[row]}"
-        rows.append(json.dumps({"clean": clean, "corrupted": corrupted, "answer": answer, "wrong": wrong}))
-    (folder / "task.jsonl").write_text("\n".join(rows))
-    return folder
+    return compiled_with_words(tmp_path_factory.mktemp("compiled"))
 
 
 def run(*arguments: object) -> int:

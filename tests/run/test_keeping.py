@@ -47,7 +47,7 @@ def file(tiny_llama: Path, pairs: list[dict[str, str]], tmp_path_factory: pytest
 
 
 def recipe_of(make_recipe: MakeRecipe, model: Path, text: Path, file: Path, **changes: object) -> Recipe:
-    entry = {"name": "likes", "file": str(file), "keep": 0.99, "of": "margin"} | changes
+    entry = {"name": "likes", "file": str(file), "keep": 0.99, "of": "margin", "weight": 1.0} | changes
     extra = {"behaviors": [entry], "plan.budget": "3.2bpw", "plan.swaps": 0, "score.exact": 0.0, "plan.probes": []}
     extra |= {"plan.formats": ["int2", "int3", "int4", "int5", "int6", "int8"]}
     return make_recipe(model, text, **extra)

@@ -3,6 +3,7 @@
 from .build import Contrast, Minimal, Unfit, build_pairs, build_sentences, build_texts
 from .generate import GENERATORS, generate
 from .load import load_behaviors
+from .safety import safety_set
 from .types import Behavior, Metric, Pairs, Sentences
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "build_texts",
     "generate",
     "load_behaviors",
+    "safety_set",
 ]

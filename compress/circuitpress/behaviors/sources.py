@@ -11,6 +11,7 @@ import csv
 import json
 import random
 from collections.abc import Iterator, Mapping
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,9 @@ from .build import Contrast, Minimal, Unfit, encode, next_token
 
 if TYPE_CHECKING:
     import transformers
+
+OWN = Path(str(resources.files("circuitpress") / "behaviors" / "chat"))
+"""The pairs for chat models that come with circuitpress."""
 
 
 def blimp(*, folder: Path, seed: int, file: str) -> Iterator[Minimal]:
@@ -71,11 +75,13 @@ def chat(
 ) -> Iterator[Contrast]:
     """Conversations of one turn from a YAML file: `answer`, `wrong` and `pairs: [{clean, corrupted}]`.
 
-    A pair may carry its own answers, and `begin`: what the assistant has said so far.
+    A pair may carry its own answers, and `begin`: what the assistant has said so far. A `file` that is not there is
+    looked for among those that come with circuitpress: refusal.yaml, sycophancy.yaml, honesty.yaml.
     """
     if not tokenizer.chat_template:
         raise Unfit("chat: the tokenizer has no chat template: this behavior is for chat models")
     path = folder / file
+    path = OWN / path.name if (OWN / path.name).is_file() and not path.exists() else path
     try:
         document = yaml.safe_load(_read(path))
     except yaml.YAMLError as error:

@@ -80,6 +80,29 @@ def activating(
 
     Values are ranked by magnitude (a neuron's may be negative); the first `skip` positions of a window do not count.
     """
+    values = values_of(stream, windows, site, reader, skip=skip, advance=advance)
+    generator = torch.Generator().manual_seed(seed)
+    n, length = windows.shape
+    result = []
+    for p, part in enumerate(parts):
+        own = values[..., p]
+        height, at = own.abs().max(1)
+        order = height.argsort(descending=True, stable=True)[:count].tolist()
+        top = [excerpt(windows, own, w, int(at[w]), before, after) for w in order if height[w] > 0]
+        drawn = torch.randint(n, (count,), generator=generator).tolist()
+        spots = torch.randint(skip, length, (count,), generator=generator).tolist()
+        control = [excerpt(windows, own, w, t, before, after) for w, t in zip(drawn, spots, strict=True)]
+        counted = own[:, skip:]
+        rate, mean = float((counted != 0).double().mean()), float(counted.abs().double().mean())
+        result.append(Examples(part, tuple(top), tuple(control), rate, mean))
+    return result
+
+
+def values_of(
+    stream: Stream, windows: Tensor, site: Site, reader: Callable[[nn.Module], Reader], *, skip: int = 0,
+    advance: Advance = ignore,
+) -> Tensor:  # fmt: skip
+    """What the reader says of every token, float32 [n, length, parts]; zero at the first `skip` positions."""
     site.width(stream.anatomy)
     batches, found = stream.batches(windows), []
 
@@ -93,25 +116,11 @@ def activating(
         return output
 
     walk(stream, batches, visit, depth=site.layer + 1, advance=advance).clear()
-    values = torch.cat(found)  # [n, length, parts]
-    generator = torch.Generator().manual_seed(seed)
-    n, length = windows.shape
-    result = []
-    for p, part in enumerate(parts):
-        own = values[..., p]
-        height, at = own.abs().max(1)
-        order = height.argsort(descending=True, stable=True)[:count].tolist()
-        top = [_excerpt(windows, own, w, int(at[w]), before, after) for w in order if height[w] > 0]
-        drawn = torch.randint(n, (count,), generator=generator).tolist()
-        spots = torch.randint(skip, length, (count,), generator=generator).tolist()
-        control = [_excerpt(windows, own, w, t, before, after) for w, t in zip(drawn, spots, strict=True)]
-        counted = own[:, skip:]
-        rate, mean = float((counted != 0).double().mean()), float(counted.abs().double().mean())
-        result.append(Examples(part, tuple(top), tuple(control), rate, mean))
-    return result
+    return torch.cat(found)
 
 
-def _excerpt(windows: Tensor, values: Tensor, window: int, position: int, before: int, after: int) -> Excerpt:
+def excerpt(windows: Tensor, values: Tensor, window: int, position: int, before: int, after: int) -> Excerpt:
+    """The tokens around `position` of a window; `values` [n, length] are those of one part."""
     start = max(0, position - before)
     span = slice(start, position + after + 1)
     ids, own = windows[window, span].tolist(), values[window, span].tolist()

@@ -28,6 +28,9 @@ def build_audit(document: Json) -> dict[str, Any]:
         "behaviors": [_behavior(row) for row in document["behaviors"]],
         "able": sum(row["able"] for row in document["behaviors"]),
         "lost_behaviors": [row["name"] for row in document["behaviors"] if row["lost"]],
+        "safety": any(row.get("safety") for row in document["behaviors"]),
+        "circuits": [_circuit(row) for row in document.get("circuits", [])],
+        "lost_circuits": [row["behavior"] for row in document.get("circuits", []) if row["lost"]],
         "layers": [_layer(row) for row in document.get("layers", [])],
         "layer_plot": _layer_plot(document["layers"]) if document.get("layers") else None,
         "head_plot": _head_plot(document["heads"]) if document.get("heads") else None,
@@ -48,6 +51,20 @@ def _behavior(row: Json) -> Row:
     cells = (f"{row['reference_accuracy']:.1%}", f"{row['accuracy']:.1%}", change)
     margins = (f"{row['reference_mean']:.2f}", f"{row['mean']:.2f}")
     return Row(row["name"], (verdict, *cells, *margins, str(row["pairs"])))
+
+
+def _circuit(row: Json) -> Row:
+    was, is_now = row["reference"], row["model"]
+    cells = (f"{row['size']} {row['granularity']}", _faithful(was), f"{was['left']:.2f}", f"{was['whole']:.2f}")
+    if "reason" in is_now:
+        return Row(row["behavior"], ("LOST", *cells, is_now["reason"], "", ""))
+    verdict = "CHANGED" if row["lost"] else "holds"
+    return Row(row["behavior"], (verdict, *cells, _faithful(is_now), f"{is_now['left']:.2f}", f"{is_now['whole']:.2f}"))
+
+
+def _faithful(side: Json) -> str:
+    found = side["faithfulness"]
+    return f"{found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
 
 
 def _layer(row: Json) -> Row:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from .maps import Cell, bit_map, heat_map, spread_map
 from .svg import COLOURS, draw, log_axis, place
 
-__all__ = ["Cell", "bit_map", "check_plot", "heat_map", "pareto_plot", "spread_map"]
+__all__ = ["Cell", "bit_map", "check_plot", "heat_map", "pareto_plot", "spread_map", "task_plot"]
 
 Xy = tuple[float, float]
 
@@ -88,6 +88,25 @@ def check_plot(points: Sequence[tuple[str, float, float]], *, label: str) -> str
         figure.legend(loc="lower left", bbox_to_anchor=(0.1, 0), ncols=5, fontsize=9, handletextpad=0, columnspacing=1)
 
     return draw(paint, height=340, label=label)
+
+
+def task_plot(rows: Sequence[tuple[str, float, float]], *, label: str) -> str:
+    """Change of each task's score with its 95 % interval: rows are (name, difference, standard error)."""
+    names, change, error = (list(column) for column in zip(*rows, strict=True))
+    at = np.arange(len(rows))[::-1]
+
+    def paint(figure: Figure) -> None:
+        axes = place(figure, 150, 40, 12, 6)
+        axes.axvline(0, color=COLOURS["muted"], lw=0.8)
+        style = {"color": COLOURS["measured"], "ms": 5.5, "elinewidth": 1.4}
+        axes.errorbar(change, at, xerr=1.96 * np.array(error), fmt="o", **style)
+        axes.set_yticks(at, [name if len(name) < 25 else f"{name[:23]}…" for name in names])
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.grid(axis="x")
+        axes.set_xlabel("change of the score, with its 95 % interval")
+
+    return draw(paint, height=52 + 20 * len(rows), label=label)
 
 
 def _line(axes, points: Sequence[Xy], name: str, **style) -> None:

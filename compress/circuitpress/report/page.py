@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import __version__
-from .pictures import draw_bits, draw_check, draw_front, draw_heads, draw_neurons, draw_prices, place_of
+from .pictures import draw_bits, draw_check, draw_front, draw_heads, draw_neurons, draw_prices, draw_tasks, place_of
 from .read import RunFiles
 
 LOSERS = 12
@@ -50,6 +50,11 @@ def build_context(run: RunFiles) -> dict[str, Any]:
         "has_probes": bool(run.probes),
         "check": draw_check(run),
         "losers": _losers(run),
+        "behaviors": [_behavior(row) for row in run.behaviors],
+        "tasks": [_task(row) for row in run.tasks.get("rows", []) if row["asked"]],
+        "task_plot": draw_tasks(run),
+        "recovery": None if run.tasks.get("recovery") is None else f"{run.tasks['recovery']:.1%}",
+        "harness": run.tasks.get("provenance", {}).get("lm_eval"),
         "stages": [Row(name, (duration(seconds),)) for name, seconds in run.manifest.get("journal", {}).items()],
         "fingerprints": _fingerprints(run.manifest.get("fingerprints", {})),
     }
@@ -151,6 +156,19 @@ def _prediction_errors(run: RunFiles) -> list[Row]:
     pairs = [("Predicted: sum of prices", plan.predicted_kl), ("Corrected by the probes", plan.predicted_kl_corrected)]
     rows = [Row(name, (nats(value), f"{value / kl - 1:+.0%}")) for name, value in pairs if value is not None]
     return [*rows, Row("Measured on held-out text", (nats(kl), ""))]
+
+
+def _behavior(row: Mapping[str, Any]) -> Row:
+    shares = (f"{row['reference_accuracy']:.1%}", f"{row['accuracy']:.1%}")
+    margins = (f"{row['reference_margin']:.3g}", f"{row['margin']:.3g}")
+    return Row(row["name"], (str(row["pairs"]), *shares, *margins, "kept" if row["kept"] else "below its floor"))
+
+
+def _task(row: Mapping[str, Any]) -> Row:
+    error = row["difference_stderr"]
+    change = f"{row['difference']:+.3g}" + ("" if error is None else f" ± {error:.2g}")
+    name = f"{row['task']} · {row['metric']}" + ("" if row["higher_is_better"] else " (less is better)")
+    return Row(name, (f"{row['reference']:.4g}", f"{row['value']:.4g}", change, str(row["documents"] or "")))
 
 
 def _losers(run: RunFiles) -> list[Row]:

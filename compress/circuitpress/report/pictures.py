@@ -7,11 +7,13 @@ import numpy as np
 from ..plan import thin
 from ..plan.constraints import nominal_bits
 from ..units import DROP
-from .figures import Cell, bit_map, check_plot, heat_map, pareto_plot, spread_map
+from .figures import Cell, bit_map, check_plot, heat_map, pareto_plot, spread_map, task_plot
 from .read import RunFiles
 from .svg import two_digits
 
 FRONT = 40
+TASKS = 24
+"""Tasks that are drawn at most; the table has them all."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,17 @@ def draw_front(run: RunFiles) -> str:
         plan_measured=None if fidelity is None else (at, fidelity["kl"], fidelity.get("kl_stderr") or 0.0),
         label=label,
     )
+
+
+def draw_tasks(run: RunFiles) -> str | None:
+    """Changes of the tasks that were asked for; None where no paired error is known."""
+    rows = [
+        (f"{row['task']} {row['metric']}", row["difference"], row["difference_stderr"])
+        for row in run.tasks.get("rows", [])
+        if row["asked"] and row["difference_stderr"] is not None
+    ]
+    label = f"Tasks: change of {len(rows)} scores from the original to the compressed model"
+    return task_plot(rows[:TASKS], label=label) if rows else None
 
 
 def draw_check(run: RunFiles) -> Check | None:

@@ -45,6 +45,10 @@ class RunFiles:
     front: tuple[Point, ...]
     exact: Exact | None
     fidelity: Json | None
+    tasks: Json
+    """evaluate/tasks.json; {} where no tasks were asked for."""
+    behaviors: tuple[Json, ...]
+    """evaluate/behaviors.json: what is left of the behaviors that the recipe names."""
 
 
 def read_run(folder: Path) -> RunFiles:
@@ -75,6 +79,8 @@ def read_run(folder: Path) -> RunFiles:
         front=tuple(pareto(prices) if front is None else (Point(**entry) for entry in front)),
         exact=None if exact is None else Exact(tuple(exact["rows"]), exact.get("spearman"), exact.get("median_ratio")),
         fidelity=_json(folder / "evaluate" / "fidelity.json"),
+        tasks=_json(folder / "evaluate" / "tasks.json") or {},
+        behaviors=tuple(_json(folder / "evaluate" / "behaviors.json") or ()),
     )
 
 

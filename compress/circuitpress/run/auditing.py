@@ -1,7 +1,7 @@
 """What `audit` and `monitor` do: two models side by side on one text, or one model against a record."""
 
 import json
-import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from ..anatomy import Anatomy
 from ..console import Console, table
 from ..errors import CircuitpressError
 from ..files import write_bytes_atomic
+from .asking import ask_behaviors, ask_circuits, read_behaviors
 from .opening import Opened, open_model
 
 if TYPE_CHECKING:
@@ -31,13 +32,14 @@ CANNOT_PROVE = (
 
 def audit_models(
     model: str, console: Console, *, reference: str, out: Path, text: Path | None = None, windows: int = 16,
-    length: int = 256, behaviors: Path | None = None, sae: Path | None = None, site: str | None = None,
-    seed: int = 0, device: str | None = None,
+    length: int = 256, behaviors: Path | None = None, safety: bool = True, circuits: Sequence[Path] = (),
+    sae: Path | None = None, site: str | None = None, seed: int = 0, device: str | None = None,
 ) -> Result:  # fmt: skip
     """Compares `model` with `reference` and writes audit.json and audit.html into `out`.
 
-    The models need one tokenizer; layer by layer they are compared where they have the same shape. Raises
-    CircuitpressError for models that do not share a vocabulary.
+    The models need one tokenizer; layer by layer they are compared where they have the same shape. `safety` measures
+    the safety set of chat models as well. `circuits` are measured on the prompts of `behaviors` that bear their name.
+    Raises CircuitpressError for models that do not share a vocabulary.
     """
     from ..evaluate import fidelity
     from ..report import write_audit
@@ -51,18 +53,22 @@ def audit_models(
             hint="audit compares models with one tokenizer, such as a model and what compression made of it",
         )
     chosen = before.windows(text, samples=windows, length=length, seed=seed)
+    unfit: dict[str, str] = {}
+    wanted, added = read_behaviors(before, behaviors, unfit, safety=safety)
+    # First, since it is here that what was asked for can be wrong.
+    standing = ask_circuits(before, after, circuits, wanted, console) if circuits else []
     depth = before.stream.depth + after.stream.depth
     with console.progress("fidelity", depth) as advance:
         measured = fidelity(after.stream, before.stream, chosen.ids, advance=advance)
-    unfit: dict[str, str] = {}
     document: dict[str, Any] = {
         "model": model,
         "reference": reference,
         "text": chosen.describe(),
         "fidelity": measured.to_json(),
         "cannot_prove": CANNOT_PROVE,
-        "behaviors": _behaviors(before, after, behaviors, unfit, console) if behaviors else [],
+        "behaviors": ask_behaviors(before, after, wanted, added, console) if wanted else [],
         "unfit": unfit,
+        "circuits": standing,
     }
     alike = _comparable(first, second)
     if alike:
@@ -131,27 +137,6 @@ def check(
 
 def _comparable(first: Anatomy, second: Anatomy) -> bool:
     return (len(first.blocks), first.hidden) == (len(second.blocks), second.hidden)
-
-
-def _behaviors(
-    before: Opened, after: Opened, file: Path, unfit: dict[str, str], console: Console
-) -> list[dict[str, Any]]:
-    from ..behaviors import load_behaviors
-    from ..score.ability import ability
-
-    found = []
-    loaded = load_behaviors(file, before.tokenizer, unfit=unfit)
-    with console.progress("behaviors", len(loaded)) as advance:
-        for behavior in loaded:
-            was, is_now = (ability(opened.stream, behavior) for opened in (before, after))
-            row = {"name": behavior.name, "metric": behavior.metric, "pairs": was.pairs, "evidence": "causal"}
-            row |= {"able": was.is_able, "reference_accuracy": was.accuracy, "accuracy": is_now.accuracy}
-            row |= {"reference_mean": was.mean, "mean": is_now.mean}
-            # Decisions of the same pairs: the error of a difference of shares, at most.
-            spread = [p * (1 - p) / was.pairs for p in (was.accuracy, is_now.accuracy)]
-            found.append(row | {"stderr": math.sqrt(sum(spread)), "lost": was.is_able and not is_now.is_able})
-            advance(1, behavior.name)
-    return found
 
 
 def _inside(
@@ -224,6 +209,10 @@ def _render(document: dict[str, Any], *, alike: bool) -> str:
     rows.append(("KL, nats per token", "", f"{found['kl']:.4g}"))
     for row in document["behaviors"]:
         rows.append((row["name"], f"{row['reference_accuracy']:.1%}", f"{row['accuracy']:.1%}"))
+    for row in document["circuits"]:
+        held = row["model"].get("faithfulness")
+        now = "lost" if held is None else f"{held['value']:.3f}"
+        rows.append((f"circuit of {row['behavior']}", f"{row['reference']['faithfulness']['value']:.3f}", now))
     if alike:
         patterns = document["patterns"]
         lost = [f"L{p['layer']}H{p['head']} {p['pattern'].replace('_', ' ')}" for p in patterns if p["lost"]]

@@ -88,7 +88,7 @@ def score_sae(
     from ..mech.sae.judge import judge
 
     opened = open_model(model, device=device, spill=None)
-    sae = _load(sae_folder, site, opened)
+    sae = open_sae(sae_folder, site, opened)
     chosen = opened.windows(text, samples=windows, length=length)
     with console.progress("judging", opened.stream.depth) as advance:
         quality = judge(opened.stream, chosen.ids, sae, advance=advance).to_json()
@@ -124,9 +124,9 @@ def show_features(
     from ..mech.sae.judge import own_site
 
     opened = open_model(model, device=device, spill=None)
-    sae = _load(sae_folder, site, opened)
+    sae = open_sae(sae_folder, site, opened)
     chosen = opened.windows(text, samples=windows, length=length)
-    picked = _in_range(features, sae) or _spread(opened, sae, chosen.ids, count)
+    picked = in_range(features, sae) or spread(opened, sae, chosen.ids, count)
     with console.progress("features", own_site(sae).layer + 1) as advance:
         rows = activating(
             opened.stream, chosen.ids, own_site(sae), [f"feature {index}" for index in picked],
@@ -157,8 +157,8 @@ def steer_model(
     from ..mech.sae.steer import steer
 
     opened = open_model(model, device=device, spill=None)
-    sae = _load(sae_folder, site, opened)
-    _in_range([feature], sae)
+    sae = open_sae(sae_folder, site, opened)
+    in_range([feature], sae)
     chosen = opened.windows(text, samples=windows, length=length)
     with console.progress("steering") as advance:
         found = steer(opened.stream, chosen.ids, own_site(sae), sae.directions()[feature], alphas, advance=advance)
@@ -185,7 +185,8 @@ def steer_model(
     return table(f"feature {feature} of {sae_folder}: nats per token", lines), document
 
 
-def _load(folder: Path, site: str | None, opened: Opened) -> "circuitpress.mech.sae.Sae":
+def open_sae(folder: Path, site: str | None, opened: Opened) -> "circuitpress.mech.sae.Sae":
+    """The SAE of a folder, which must fit the model."""
     from ..mech.sae import load_sae
     from ..mech.sae.judge import require_fit
     from ..mech.sites import Site
@@ -242,7 +243,7 @@ def _contributions(
     }
 
 
-def _spread(opened: Opened, sae: "circuitpress.mech.sae.Sae", ids: "torch.Tensor", count: int) -> list[int]:
+def spread(opened: Opened, sae: "circuitpress.mech.sae.Sae", ids: "torch.Tensor", count: int) -> list[int]:
     """`count` features that fire, evenly spread from the most to the least frequent."""
     from ..mech.sae.judge import own_site
     from ..mech.sites import collect
@@ -258,7 +259,8 @@ def _spread(opened: Opened, sae: "circuitpress.mech.sae.Sae", ids: "torch.Tensor
     return sorted({order[min(len(order) - 1, round(i * step))] for i in range(count)})
 
 
-def _in_range(features: Sequence[int], sae: "circuitpress.mech.sae.Sae") -> list[int]:
+def in_range(features: Sequence[int], sae: "circuitpress.mech.sae.Sae") -> list[int]:
+    """The features, if there are such ones; else RecipeError."""
     wrong = [f"feature {index} does not exist" for index in features if not 0 <= index < sae.latents]
     if wrong:
         raise RecipeError(wrong, hint=f"features are 0 to {sae.latents - 1}")

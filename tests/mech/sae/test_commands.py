@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from circuitpress.cli import invoke
+from circuitpress.run.labels import open_judge
 
 DEMO = Path(__file__).parents[3] / "recipes" / "demo"
 MODEL, TEXT = str(DEMO / "checkpoint"), str(DEMO / "calibration.txt")
@@ -101,3 +102,70 @@ def test_bad_input_is_one_screen(
     assert "\nnext:  " in err
     assert message in err
     assert "Traceback" not in err
+
+
+LABELLED = ["--text", TEXT, "--windows", "80", "--length", "32"]
+
+
+def test_explain_then_labels(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "labels"
+    options = [MODEL, str(trained), "--out", str(out), *LABELLED]
+    document = run(capsys, "sae", "explain", *options, "--count", "3", "--shown", "4")
+    path = out / "prompts.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["feature"] for row in rows] == document["features"]
+    assert all(row["label"] == "" and "<<" in row["prompt"] and "\n4. " in row["prompt"] for row in rows)
+    judged = ["--labels", str(path), "--judge", MODEL, "--texts", "3"]
+    capsys.readouterr()
+    assert invoke(["sae", "labels", *options, *judged, "--quiet"]) == 1
+    assert "0 labels of features" in capsys.readouterr().err
+
+    for number, row in enumerate(rows):
+        row["label"] = f"label {number}"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    document = run(capsys, "sae", "labels", *options, *judged)
+    assert document == json.loads((out / "labels.json").read_text())
+    assert (document["status"], document["evidence"]) == ("unproven", "correlational")
+    told = document["labels"]
+    assert len(told) + len(document["left_out"]) == 3
+    assert all(0 <= row[key] <= 1 for row in told for key in ("accuracy", "control"))
+    assert invoke(["sae", "labels", *options, *judged, "--quiet"]) == 0
+    assert "label (unproven)" in capsys.readouterr().out
+    # Other windows could be those that the prompts showed.
+    assert invoke(["sae", "labels", *options, *judged, "--seed", "1", "--quiet"]) == 2
+    assert "its prompt was drawn from other windows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not a label"),
+        ('{"feature": 3}', "KeyError('label')"),
+        ('{"feature": "3", "label": "x"}', "feature must be a number"),
+        ('{"feature": 3, "label": "x"}\n{"feature": 3, "label": "y"}', "labels.jsonl:2: feature 3 has a label already"),
+        ('{"feature": 256, "label": "x"}', "feature 256 does not exist"),
+    ],
+)
+def test_faulty_labels(
+    line: str, message: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "labels.jsonl").write_text(line)
+    options = ["--labels", str(tmp_path / "labels.jsonl"), "--judge", MODEL, "--out", str(tmp_path), *LABELLED]
+    assert invoke(["sae", "labels", MODEL, str(trained), *options, "--quiet"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_judge_reads_each_prompt_by_itself() -> None:
+    """Prompts of different lengths in one batch, against one forward pass for each."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    prompts = ["Is it late? Answer:", "Once upon a time there was a boat on the river. Is it so? Answer:", "Answer:"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
+    yes, no = (tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in ("Yes", "No"))
+    expected = []
+    for prompt in prompts:
+        with torch.no_grad():
+            last = model(torch.tensor([tokenizer.encode(prompt)])).logits[0, -1].float()
+        expected.append(float(last[yes] - last[no]))
+    assert open_judge(MODEL, device="cpu")(prompts) == pytest.approx(expected, abs=0.05)

@@ -8,16 +8,18 @@ from .circuit import Circuit
 from .draw import draw_circuit, save_drawing
 from .find import Settings, find_circuit
 from .graph import Graph, graph_of
-from .verify import Verification, verify_circuit
+from .verify import Standing, Verification, stand, verify_circuit
 
 __all__ = [
     "Circuit",
     "Graph",
     "Settings",
+    "Standing",
     "Verification",
     "draw_circuit",
     "find_circuit",
     "graph_of",
     "save_drawing",
+    "stand",
     "verify_circuit",
 ]

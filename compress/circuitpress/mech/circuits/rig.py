@@ -77,8 +77,10 @@ def open_rig(stream: Stream, behavior: Behavior, ablation: Ablation = "resample"
     pairs = behavior.pairs
     if not isinstance(pairs, Pairs):
         raise CircuitpressError(
-            f"behavior {behavior.name!r} has sentences, and a circuit needs clean and corrupted prompts that align",
-            hint="give contrast pairs: clean, corrupted, answer, wrong",
+            f"behavior {behavior.name!r} has sentences: good and bad are scored from where they begin to differ, so "
+            "neither is a corrupted prompt whose values could take the place of ablated parts",
+            hint="write contrast pairs (clean, corrupted, answer, wrong), or take a behavior that has them: "
+            "circuitpress circuit find MODEL --behavior recipes/behaviors/builtin.yaml --name induction --out DIR",
         )
     graph = graph_of(stream.anatomy)
     clean, corrupted = stream.batches(pairs.clean), stream.batches(pairs.corrupted)

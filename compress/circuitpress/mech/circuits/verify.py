@@ -95,15 +95,7 @@ def verify_circuit(
     `random` circuits and `subsets` of the circuit are drawn. CircuitpressError if the circuit is of a model with other
     heads, is empty, or the model does not do the behavior.
     """
-    if circuit.graph != graph_of(stream.anatomy):
-        raise CircuitpressError(
-            f"the circuit is of a model with {list(circuit.graph.heads)} heads in its blocks, {stream.anatomy.folder} "
-            f"has {[block.heads for block in stream.anatomy.blocks]}",
-            hint="verify it on the model it was found in, or on one with the same parts",
-        )
-    if not circuit.size:
-        raise CircuitpressError("the circuit has no parts", hint="find one with a larger --size or --faithfulness")
-    units = Units.of(circuit)
+    units = _units(stream, circuit)
     with open_rig(stream, behavior, ablation) as rig:
         full = faithfulness(rig, units, seed=seed)
         return Verification(
@@ -119,3 +111,44 @@ def verify_circuit(
                 "prompts": behavior.provenance, "seed": seed,
             },
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The two claims of a circuit in one model: faithfulness of the circuit alone, and what is left without it.
+
+    `whole` and `empty` are the metric of the model and with everything ablated, `left` is f(M without C).
+    """
+
+    whole: float
+    empty: float
+    faithfulness: Faithfulness
+    left: float
+    evidence: Literal["causal"] = "causal"
+
+
+def stand(
+    stream: Stream, behavior: Behavior, circuit: Circuit, *, ablation: Ablation = "resample", seed: int = 0
+) -> Standing:
+    """Faithfulness and completeness alone, as `verify_circuit` measures them; raises as that does.
+
+    This is what there is to ask again of a circuit that was verified in another model, such as the uncompressed one.
+    """
+    units = _units(stream, circuit)
+    with open_rig(stream, behavior, ablation) as rig:
+        full = faithfulness(rig, units, seed=seed)
+        (without,) = completeness(rig, units, count=0, seed=seed)
+        return Standing(float(rig.whole.mean()), float(rig.empty.mean()), full, without.model)
+
+
+def _units(stream: Stream, circuit: Circuit) -> Units:
+    """The circuit's units, if this model has them."""
+    if circuit.graph != graph_of(stream.anatomy):
+        raise CircuitpressError(
+            f"the circuit is of a model with {list(circuit.graph.heads)} heads in its blocks, {stream.anatomy.folder} "
+            f"has {[block.heads for block in stream.anatomy.blocks]}",
+            hint="verify it on the model it was found in, or on one with the same parts",
+        )
+    if not circuit.size:
+        raise CircuitpressError("the circuit has no parts", hint="find one with a larger --size or --faithfulness")
+    return Units.of(circuit)
