@@ -109,8 +109,8 @@ def _with_samples(file: Path, work: Path, samples: int) -> Path:
 def _likeness(run: Path, name: str) -> float:
     prices = Prices.load(run / "prices.safetensors")
     behavior = Prices.load(run / "pricing-behaviors" / name / "prices.safetensors")
-    columns = [table.nats[:, table.formats.index(FORMATS[0])] for table in (prices, behavior)]
-    return float(spearmanr(*columns).statistic)  # pyright: ignore[reportAttributeAccessIssue]
+    first, second = (table.nats[:, table.formats.index(FORMATS[0])] for table in (prices, behavior))
+    return float(spearmanr(first, second).statistic)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _row(

@@ -14,6 +14,7 @@ import click
 import numpy as np
 
 from circuitpress.bench import cells
+from circuitpress_kernels.slices import BOOK, DENSE, TRELLIS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -221,14 +222,49 @@ def speed() -> str:
     lines = []
     for path in sorted(RESULTS.glob("speed-*.json")):
         for row in json.loads(path.read_text())["rows"]:
-            if not row["method"].startswith("dense"):
+            if row["method"] != "dense bfloat16":
                 what = f"{row['phase']}, batch {row['batch']}"
                 ratio, memory = row["ratio_to_dense"], row["memory_ratio_to_dense"]
-                threads = str(row["threads"])
-                lines.append([path.stem, what, threads, f"{row['tokens_per_second']:.1f}", f"{ratio:.2f}"])
-                lines[-1].append(f"{memory:.2f}")
-    head = ["machine", "what", "threads", "tokens per second", "time against dense", "weight memory against dense"]
+                lines.append([path.stem, row["method"], what, str(row["threads"]), f"{row['tokens_per_second']:.1f}"])
+                lines[-1] += [f"{ratio:.2f}", f"{memory:.2f}"]
+    head = ["machine", "method", "what", "threads", "tokens per second", "time against dense bfloat16"]
+    return _table([*head, "weight memory against that"], lines)
+
+
+def exports() -> str:
+    """Every target, written and loaded by its own consumer."""
+    rows = _rows("export.json")
+    lines = [
+        [
+            row["checkpoint"], row["target"], f"{row['bits_per_weight']:.2f}", f"{row['file_bytes']:,}",
+            f"{row['max_logit_error']:.2g}", f"{row['kl']:.4g}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    head = ["checkpoint", "target", "bits per weight", "file bytes", "largest logit error", "KL to the original"]
     return _table(head, lines)
+
+
+def aot() -> str:
+    """What the compiler makes of the kernels for uniform integers on an H100 or H200."""
+    rows = [row for row in _rows("kernels-aot.json") if row["target"] == "sm_90" and row["kernel"] == "slice_pieces"]
+    lines = []
+    for row in rows:
+        if len(row["kinds"]) == 1 and row.get("budget") is not None:
+            cost = f"{row['instructions_per_weight']:.2f} of {row['budget']:.2f}"
+            kind = f"{_kind(row['kinds'][0])}, {row['type']}"
+            lines.append([kind, cost, str(row["registers"]), str(row["spills"]), f"{row['shared']:,}"])
+    head = ["weights", "instructions a weight, of the budget", "registers", "bytes spilled", "shared memory"]
+    return _table(head, lines)
+
+
+def _kind(kind: int) -> str:
+    """The kernels' number of a kind of weights in words (circuitpress_kernels/slices.py)."""
+    if kind > TRELLIS:
+        return f"trellis, {(kind - TRELLIS) / 2:g} bits"
+    if kind > BOOK:
+        return f"codebook, {kind - BOOK} bits"
+    return f"{kind} bits" if kind < DENSE else "16-bit floating"
 
 
 def memory() -> str:
@@ -256,6 +292,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "clock": clock,
     "speed": speed,
     "memory": memory,
+    "exports": exports,
+    "aot": aot,
 }
 
 

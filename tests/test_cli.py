@@ -53,14 +53,15 @@ def test_help_is_fast_and_loads_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert time.monotonic() - started < 1
     assert done.returncode == 0, done.stderr
-    looks = ["circuit find", "circuit verify", "inspect", "sae features", "sae score", "sae steer", "sae train"]
-    compares = ["audit", "bench quality", "diff", "eval", "monitor check", "monitor fit"]
-    steps = ["apply", "check", "plan", "report", "run", "score"]
+    looks = ["circuit find", "circuit verify", "inspect"]
+    looks += ["sae explain", "sae features", "sae labels", "sae score", "sae steer", "sae train"]
+    compares = ["audit", "bench kernels", "bench quality", "diff", "eval", "lm-eval", "monitor check", "monitor fit"]
+    steps = ["apply", "check", "export", "plan", "push", "report", "run", "score"]
     assert sorted(looks + compares + steps) == COMMANDS
     assert all(f"\n  {name} " in done.stdout for name in cli.commands)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "lm-eval"])
 def test_every_help_has_examples_and_the_common_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke([*command.split(), "--help"]) == 0
     text = capsys.readouterr().out
@@ -240,7 +241,9 @@ def test_every_command_line_hint_of_the_library_parses() -> None:
     assert len(files) > 20
     for path in files:
         for hint in hints.finditer(path.read_text()):
-            for word in re.findall(r"--[a-z]+", hint[0]):
+            if hint[1] == "lm-eval":  # the harness's own options
+                continue
+            for word in re.findall(r"--[a-z]+(?:-[a-z]+)*", hint[0]):
                 assert word in options | {"--help"}, f"{path.name}: {hint[0]}"
 
 
@@ -272,3 +275,11 @@ def test_click_reports_the_interrupt_of_its_own(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(cli, "main", abort)
     assert invoke(["check", "x"]) == 130
+
+
+def test_a_dry_run_checks_and_writes_nothing(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(recipe.parent.rglob("*"))
+    assert invoke(["run", str(recipe), "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["linear_numel"] > 0
+    assert sorted(recipe.parent.rglob("*")) == before
+    assert invoke(["run", str(recipe), "--dry-run", "--set", "plan.budget=never"]) == 2

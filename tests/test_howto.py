@@ -7,7 +7,6 @@ from pathlib import Path
 
 import click
 import pytest
-import yaml
 
 from circuitpress.cli import cli, invoke
 
@@ -16,6 +15,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 COMMANDS = [
     (page.name, line.strip())
     for page in PAGES
+    if page.name != "reference.md"  # shows how commands are called, and their examples, which test_cli.py tries
     for line in page.read_text().splitlines()
     if line[:16] == "    circuitpress"
 ]
@@ -29,7 +29,7 @@ def test_there_are_commands() -> None:
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
 def test_a_command_of_a_page_parses(page: str, line: str) -> None:
     del page
-    _, name, *rest = shlex.split(line)
+    _, name, *rest = shlex.split(line, comments=True)
     found = cli.commands[name]
     if isinstance(found, click.Group):
         found, rest = found.commands[rest[0]], rest[1:]
@@ -43,12 +43,6 @@ def test_a_command_of_a_page_parses(page: str, line: str) -> None:
 def test_links_of_a_page_exist(page: Path) -> None:
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
         assert (page.parent / link).exists(), link
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_yaml_of_a_page_is_yaml(page: Path) -> None:
-    for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL):
-        assert yaml.safe_load(block)["behaviors"]
 
 
 def test_the_recipe_keeps_what_it_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

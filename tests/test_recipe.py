@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from circuitpress.errors import RecipeError
+from circuitpress.menu import MENU, TARGET_MENUS, refuse_formats
 from circuitpress.recipe import Recipe, describe_changes, json_schema, known_keys
 
 ROOT = Path(__file__).parents[1]
@@ -113,8 +114,8 @@ def test_embedding_and_lm_head_take_plain_formats(folder: Path, name: str) -> No
 
 
 def test_recipe_and_planner_read_the_same_budgets() -> None:
+    from circuitpress.fields import BUDGET
     from circuitpress.plan import budget
-    from circuitpress.recipe import BUDGET
 
     assert budget._BUDGET.pattern == BUDGET.pattern
 
@@ -191,3 +192,20 @@ def test_recipes_of_the_repository_are_valid(path: Path) -> None:
 def test_reading_a_recipe_does_not_load_torch() -> None:
     code = "import circuitpress.recipe, circuitpress.console, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_target_brings_its_menu_and_refuses_what_it_cannot_hold(folder: Path) -> None:
+    recipe = parse("model: model\nplan: {target: compressed-tensors}", folder)
+    assert recipe.plan.formats == TARGET_MENUS["compressed-tensors"]
+    assert parse(recipe.to_yaml(), folder) == recipe
+    assert parse("model: model", folder, "plan.target=dense").plan.formats == MENU
+    (found,) = problems("model: model\nplan: {target: bitsandbytes, formats: [int4, nf4, sym8c, drop]}", folder)
+    assert found == "plan.formats: bitsandbytes cannot hold int4, sym8c: it takes nf4 or llmint8, and floating types"
+    (found,) = problems("model: model\nplan: {target: bitsandbytes, formats: [nf4, llmint8]}", folder)
+    assert "nf4 and llmint8 cannot be in one model" in found
+    (found,) = problems("model: model\nplan: {target: gguf, granularity: unit, outer: int4}", folder)
+    assert "one format a matrix" in found and "embedding and lm_head" in found
+    (found,) = problems("model: model\nplan: {target: onnx}", folder)
+    assert found.startswith("plan.target:")
+    for target, menu in TARGET_MENUS.items():
+        assert refuse_formats(target, menu) == []

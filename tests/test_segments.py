@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from circuitpress.anatomy import Anatomy, Matrix, read_anatomy
 from circuitpress.formats import parse
-from circuitpress.segments import groups_of, split_protected, unit_weights
+from circuitpress.segments import groups_of, name_units, split_protected, unit_weights
 from circuitpress.units import Group, Prices, UnitId
 
 FORMATS = ("int2g16", "int4g64", "float32")
@@ -203,3 +203,19 @@ def test_prices_by_unit_cannot_be_split(tiny_llama: Path) -> None:
     prices = Prices(groups, FORMATS, table.astype(np.int64), table, table, table, {0: np.arange(52)})
     with pytest.raises(ValueError, match="whole"):
         split_protected(prices, [UnitId(0, "neuron", 3)], anatomy)
+
+
+def test_whole_matrices_say_which_units_they_hold(tiny_llama: Path) -> None:
+    anatomy = read_anatomy(tiny_llama)
+    groups = tuple(group for block in anatomy.blocks for group in groups_of(block, "matrix"))
+    table = np.ones((len(groups), 1))
+    prices = Prices(groups, ("int4g64",), table.astype(np.int64), table, table, table)
+    head, neuron = UnitId(1, "head", 3), UnitId(2, "neuron", 7)
+    named = name_units(prices, [head, neuron], anatomy)
+    holds = {group.name: group.units for group in named.groups if group.units}
+    attention = {f"model.layers.1.self_attn.{role}_proj": (head,) for role in "qkvo"}
+    assert holds == attention | {f"model.layers.2.mlp.{role}_proj": (neuron,) for role in ("gate", "up", "down")}
+    assert [group.segments for group in named.groups] == [group.segments for group in groups]
+    for unit in (UnitId(9, "head", 0), UnitId(0, "head", 6), UnitId(0, "layer", 0)):
+        with pytest.raises(ValueError):
+            name_units(prices, [unit], anatomy)

@@ -23,7 +23,10 @@ from .command import command as _command
 from .command import device as _device
 from .console import Console
 from .errors import CircuitpressError
+from .evaluating import eval_, lm_eval
+from .exporting import export
 from .microscope import inspect, sae
+from .publishing import push
 
 _set = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key of the recipe.")
 _restart = click.option("--restart", is_flag=True, help="Throw away what an earlier run left in the folder.")
@@ -42,23 +45,29 @@ def cli() -> None:
 @_command(
     "circuitpress run recipes/quickstart.yaml",
     "circuitpress run recipe.yaml --set plan.budget=2.5bpw --out runs/small",
+    "circuitpress run recipe.yaml --dry-run",
 )
 @click.argument("recipe", type=_FOLDER)
 @_set
 @click.option("--out", type=_FOLDER, help="The run folder. Default: runs/NAME-OF-THE-RECIPE.")
 @_restart
+@click.option("--dry-run", is_flag=True, help="Check the recipe and say what the run would take; write nothing.")
 @_device
 def run(
-    console: Console, recipe: Path, overrides: tuple[str, ...], out: Path | None, restart: bool, device: str | None
-) -> None:
+    console: Console, recipe: Path, overrides: tuple[str, ...], out: Path | None, restart: bool, dry_run: bool,
+    device: str | None,
+) -> None:  # fmt: skip
     """Price, plan, compress, measure and explain a model.
 
     The same command again resumes. Finished stages are kept.
     """
     from .recipe import Recipe
-    from .run import check_gates, run_recipe
+    from .run import check_gates, check_model, run_recipe
 
     wanted = Recipe.load(recipe, overrides=[*overrides, *_device_override(device)])
+    if dry_run:
+        console.result(*check_model(wanted.model, wanted))
+        return
     text, document = run_recipe(wanted, out or Path("runs") / recipe.stem, console, restart=restart)
     console.result(text, document)
     check_gates(wanted, document)
@@ -118,16 +127,18 @@ def score(
 @_command(
     "circuitpress plan runs/mine --budget 3.0bpw",
     "circuitpress plan runs/mine --budget 40% --protect L3.head.2 --pareto",
+    "circuitpress plan runs/mine --budget 12ms@batch1 --latencies times.json",
 )
 @click.argument("folder", metavar="DIR", type=_FOLDER)
-@click.option("--budget", help="3.0bpw (bits per weight), 40% (of 16-bit linear weights) or 900MB (all files).")
-@click.option("--target", help="Runtime of the model: native.")
+@click.option("--budget", help="3.0bpw, 40% (of 16-bit linear weights), 900MB (all files) or 12ms@batch1.")
+@click.option("--latencies", type=_FOLDER, help="The times for a budget in time, from `bench kernels --save`.")
+@click.option("--target", help="Runtime of the model: native, compressed-tensors, ...")
 @click.option("--protect", multiple=True, help="A part that keeps a good format; may be repeated.")
 @click.option("--pareto", is_flag=True, help="Show the whole front of budgets and predictions.")
 @_device
 def plan(
-    console: Console, folder: Path, budget: str | None, target: str | None, protect: tuple[str, ...], pareto: bool,
-    device: str | None,
+    console: Console, folder: Path, budget: str | None, latencies: Path | None, target: str | None,
+    protect: tuple[str, ...], pareto: bool, device: str | None,
 ) -> None:  # fmt: skip
     """Spend a budget on a scored model.
 
@@ -136,7 +147,11 @@ def plan(
     from .run import replan
 
     del device  # planning runs on the CPU
-    console.result(*replan(folder, console, budget=budget, target=target, protect=protect, front=pareto))
+    console.result(
+        *replan(
+            folder, console, budget=budget, target=target, protect=protect, front=pareto, latencies=latencies
+        )
+    )  # fmt: skip
 
 
 @cli.add_command
@@ -151,32 +166,6 @@ def apply(console: Console, folder: Path, device: str | None) -> None:
     from .run import apply_plan
 
     console.result(*apply_plan(folder, console, device=device))
-
-
-@cli.add_command
-@_command(
-    "circuitpress eval runs/mine/model",
-    "circuitpress eval MODEL_DIR --reference path/to/original --text test.txt --windows 32 --length 512",
-)
-@click.argument("model", metavar="MODEL_DIR", type=_FOLDER)
-@click.option("--reference", help="The original model. Default: that of the run folder around MODEL_DIR.")
-@click.option("--text", type=_FOLDER, help="Text to measure on. Default: the run's test text.")
-@click.option("--windows", type=click.IntRange(1), help="Windows of text. Default: 64, or the run's.")
-@click.option("--length", type=click.IntRange(2), help="Tokens in a window. Default: 512, or the run's.")
-@_device
-def eval_(
-    console: Console, model: Path, reference: str | None, text: Path | None, windows: int | None, length: int | None,
-    device: str | None,
-) -> None:  # fmt: skip
-    """Measure a model against its original.
-
-    Prints KL in nats per token, top-1 agreement and perplexity. In a run folder the next step is `report`.
-    """
-    from .run import measure_model
-
-    console.result(
-        *measure_model(model, console, reference=reference, text=text, windows=windows, length=length, device=device)
-    )
 
 
 @cli.add_command
@@ -248,11 +237,35 @@ def quality(console: Console, device: str | None, **options: Any) -> None:  # no
     console.result(*compare_from_options(console, **options))
 
 
+@bench.add_command
+@_command(
+    "circuitpress bench kernels runs/mine --save times.json",
+    "circuitpress bench kernels MODEL --formats int3g64,int4g64,int8g64,bfloat16 --batch 1,8",
+)
+@click.argument("model")
+@click.option("--formats", help="Comma-separated. Default: those that a run folder prices.")
+@click.option("--batch", "batches", default="1", show_default=True, help="Tokens of a step, comma-separated.")
+@click.option("--save", type=_FOLDER, help="Where the table goes, for budgets in time.")
+@_device
+def kernels(console: Console, model: str, **options: Any) -> None:
+    """Time every format on this machine.
+
+    For the shapes of a model, as a loaded model runs them. Plans with a budget in time spend it by this table.
+    """
+    from .bench.timing import time_formats
+
+    console.result(*time_formats(model, console, **options))
+
+
+cli.add_command(eval_)
+cli.add_command(lm_eval)
 cli.add_command(circuit)
 cli.add_command(sae)
 cli.add_command(inspect)
 cli.add_command(audit)
 cli.add_command(monitor)
+cli.add_command(export)
+cli.add_command(push)
 
 
 def _device_override(device: str | None) -> list[str]:

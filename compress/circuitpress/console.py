@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     import rich.progress
@@ -44,6 +44,11 @@ class Console:
     err: io.TextIOBase | None = None
     out: io.TextIOBase | None = None
 
+    @property
+    def stream(self) -> io.TextIOBase:
+        """Where progress goes now."""
+        return self.err or cast(io.TextIOBase, sys.stderr)
+
     def say(self, text: str) -> None:
         """One line of progress for people; kept in the log too."""
         log.info(text)
@@ -68,7 +73,7 @@ class Console:
         try:
             if self.quiet:
                 yield _logged(title, ignore)
-            elif (self.err or sys.stderr).isatty():
+            elif self.stream.isatty():
                 with self._bar() as bar:
                     task = bar.add_task(title, total=total, note="")
 
@@ -111,10 +116,10 @@ class Console:
         return advance
 
     def _write(self, text: str) -> None:
-        err = self.err or sys.stderr
+        stream = self.stream
         with contextlib.suppress(OSError):  # a closed pipe must not end an hour of work
-            err.write(text + "\n")
-            err.flush()
+            stream.write(text + "\n")
+            stream.flush()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:

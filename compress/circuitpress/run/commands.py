@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..anatomy import read_anatomy
 from ..checkpoint import resolve_checkpoint
@@ -23,6 +23,13 @@ from .preview import describe, estimate
 from .session import Session, choose_device, load_tokenizer
 from .stages import NAMES, execute
 from .summary import render_difference, render_fidelity, render_front, render_plan, render_run, summarize
+from .tasks import compare_on_tasks, task_lines
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..evaluate.tasks import TaskSettings
+    from ..stream import Stream
 
 log = logging.getLogger(__name__)
 
@@ -72,12 +79,14 @@ def score_model(recipe: Recipe, out: Path, console: Console, *, restart: bool = 
 
 
 def replan(
-    out: Path, console: Console, *, budget: str | None, target: str | None, protect: Sequence[str], front: bool
-) -> Result:
+    out: Path, console: Console, *, budget: str | None, target: str | None, protect: Sequence[str], front: bool,
+    latencies: Path | None = None,
+) -> Result:  # fmt: skip
     """Plans again from saved prices; a plan that differs from the present one discards the model made from that."""
     with _resumed(out, console) as session, full_disk_is_an_error(out):
         _require(session, "score", "probe")
         wanted = {"plan.budget": budget, "plan.target": target, "plan.protect": list(protect) or None}
+        wanted["plan.latencies"] = str(latencies.resolve()) if latencies else None
         started = time.monotonic()
         plan_again(session, session.recipe.replace({key: value for key, value in wanted.items() if value is not None}))
         session.folder.finish("plan", time.monotonic() - started)
@@ -119,32 +128,53 @@ def check_model(model: str, recipe: Recipe | None = None) -> Result:
 
 def measure_model(
     model: Path, console: Console, *, reference: str | None = None, text: Path | None = None,
-    windows: int | None = None, length: int | None = None, device: str | None = None,
+    windows: int | None = None, length: int | None = None, baselines: Sequence[str] = (), device: str | None = None,
 ) -> Result:  # fmt: skip
-    """Fidelity of a model folder to its reference on text.
+    """Fidelity of a model folder to its reference on text, and beside it that of `baselines` of the reference.
 
     In a run folder, and with nothing else asked for, this is the run's own evaluation, which is kept there. Otherwise
     `reference` is needed, `text` defaults to the one that comes with circuitpress, and nothing is written.
     """
-    run = model.resolve().parent
-    inside = model.name == "model" and (run / "recipe.yaml").is_file() and (run / "manifest.json").is_file()
-    if inside and not (reference or text or windows or length):
+    run = _run_of(model)
+    if run is not None and not (reference or text or windows or length or baselines):
         with _resumed(run, console, device=device) as session:
             _require(session, "score", "plan", "apply")
             execute(session, ("evaluate",))
             document = json.loads((run / "evaluate" / "fidelity.json").read_text())
             names = model.name, session.checkpoint.name
         return render_fidelity(document, *names), document
-    if reference is None and not inside:
-        raise RecipeError([f"{model} is in no run folder, so its original is unknown"], hint="add --reference MODEL")
-    original = resolve_checkpoint(reference or Recipe.load(run / "recipe.yaml").model)
-    document = _measure(model, original, text, windows or 64, length or 512, device or "auto", console)
+    original = _original(model, reference)
+    document = _measure(model, original, text, windows or 64, length or 512, baselines, device or "auto", console)
     return render_fidelity(document, model.name, original.name), document
 
 
+def measure_tasks(
+    model: Path, console: Console, *, settings: "TaskSettings", reference: str | None = None, device: str | None = None,
+) -> Result:  # fmt: skip
+    """A model folder and its original on tasks of lm-evaluation-harness; `reference` as in `measure_model`."""
+    original = _original(model, reference)
+    document = compare_on_tasks(model, original, settings, device=choose_device(device or "auto"), console=console)
+    return "\n".join(task_lines(document)), document
+
+
+def _run_of(model: Path) -> Path | None:
+    """The run folder whose result `model` is."""
+    run = model.resolve().parent
+    inside = model.name == "model" and (run / "recipe.yaml").is_file() and (run / "manifest.json").is_file()
+    return run if inside else None
+
+
+def _original(model: Path, reference: str | None) -> Path:
+    run = _run_of(model)
+    if reference is None and run is None:
+        raise RecipeError([f"{model} is in no run folder, so its original is unknown"], hint="add --reference MODEL")
+    return resolve_checkpoint(reference or Recipe.load(cast(Path, run) / "recipe.yaml").model)
+
+
 def _measure(
-    model: Path, original: Path, text: Path | None, windows: int, length: int, device: str, console: Console
-) -> dict[str, Any]:
+    model: Path, original: Path, text: Path | None, windows: int, length: int, baselines: Sequence[str], device: str,
+    console: Console,
+) -> dict[str, Any]:  # fmt: skip
     from ..data import load_windows
     from ..evaluate import fidelity
     from ..stream import open_stream
@@ -157,7 +187,21 @@ def _measure(
     )  # fmt: skip
     with console.progress("evaluate", sum(stream.depth for stream in streams)) as advance:
         result = fidelity(streams[0], streams[1], chosen.ids, advance=advance)
-    return result.to_json() | {"model": str(model), "reference": str(original), "text": chosen.describe()}
+    document = result.to_json() | {"model": str(model), "reference": str(original), "text": chosen.describe()}
+    return document | ({"baselines": _baselines(baselines, streams[1], chosen.ids, console)} if baselines else {})
+
+
+def _baselines(
+    names: Sequence[str], reference: "Stream", windows: "torch.Tensor", console: Console
+) -> dict[str, dict[str, Any]]:
+    from ..evaluate.baselines import baseline
+
+    found = {}
+    with console.progress("baseline", len(names)) as advance:
+        for name in names:
+            found[name] = baseline(name, reference, windows).to_json()
+            advance(1, name)
+    return found
 
 
 def compare_plans(first: Path, second: Path) -> Result:

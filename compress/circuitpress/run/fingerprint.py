@@ -23,19 +23,30 @@ _PIECES, _PIECE = 64, 1 << 20
 
 # Where things lie, where they run and what is only compared at the end does not change a result.
 _FREE = ("recipe.model", "recipe.data.calibration", "recipe.data.test", "recipe.run.device")
-_FREE += ("recipe.evaluate.max_kl", "recipe.evaluate.min_top1")
+_FREE += ("recipe.evaluate.max_kl", "recipe.evaluate.min_top1", "recipe.evaluate.min_recovery")
+_FREE += ("recipe.evaluate.include", "recipe.evaluate.task_data", "recipe.plan.latencies")
 
 
 def take_fingerprints(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """The fingerprints of a run of `recipe` on the checkpoint in `folder`, flat, under dotted names."""
-    prints: dict[str, Any] = {f"recipe.{key}": value for key, value in recipe.flatten().items()}
+    prints = settings(recipe)
     prints |= {f"weights.{name}": digest for name, digest in digest_checkpoint(folder).items()}
     prints["text.data.calibration"] = text_digest(recipe.data.calibration)
     prints["text.data.test"] = text_digest(recipe.data.test) if recipe.data.test else None
-    # Where a file of behaviors lies is free, what is in it is not.
-    prints["recipe.behaviors"] = [b.model_dump(mode="json", exclude={"file"}) for b in recipe.behaviors]
     prints |= {f"text.behaviors.{b.name}": sha256(b.file) for b in recipe.behaviors}
+    for number, asked in enumerate(recipe.features):
+        files = [asked.sae] if asked.sae.is_file() else sorted(asked.sae.glob("*.safetensors"))
+        prints |= {f"sae.{number}.{file.name}": sha256(file) for file in files}
+    prints["text.plan.latencies"] = sha256(recipe.plan.latencies) if recipe.plan.latencies else None
     prints["code.version"] = __version__
+    return prints
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's part of the fingerprints. Where a file of behaviors or an SAE lies is free, what is in it is not."""
+    prints: dict[str, Any] = {f"recipe.{key}": value for key, value in recipe.flatten().items()}
+    prints["recipe.behaviors"] = [b.model_dump(mode="json", exclude={"file"}) for b in recipe.behaviors]
+    prints["recipe.features"] = [f.model_dump(mode="json", exclude={"sae"}) for f in recipe.features]
     return prints
 
 
@@ -63,6 +74,8 @@ def digest_pieces(file: Path) -> str:
 
 def refuse_changes(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Raises CircuitpressError that names every field in which `new` differs from the run folder's `old`."""
+    # A key that the recipe did not have when the folder was made had its default.
+    old = {f"recipe.{key}": value for key, value in Recipe(model="any").flatten().items()} | dict(old)
     free = list(_FREE)
     if any(old.get(key) != new.get(key) for key in {*old, *new} if key.startswith("weights.")):
         free.remove("recipe.model")
@@ -78,7 +91,7 @@ def refuse_changes(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -
 
 
 def _is_digest(line: str) -> bool:
-    return line.startswith(("weights.", "text."))
+    return line.startswith(("weights.", "text.", "sae."))
 
 
 def _only_plan(changes: list[str]) -> bool:

@@ -30,7 +30,7 @@ OURS = (
     "manifest.json", "recipe.yaml", "run.log", "anatomy.json", "prune.json", "pruned", "pruning",
     "scores.safetensors", "scores.json", "prices.safetensors", "prices.json", "pricing", "exact.json", "probes.json",
     "outer.safetensors", "outer.json", "swaps.json", "refine.json", "plan.json", "pareto.json", "shards",
-    "spill", "windows", "behaviors.json", "pricing-behaviors", "model", "evaluate", "report.html",
+    "spill", "windows", "behaviors.json", "pricing-behaviors", "pricing-features", "model", "evaluate", "report.html",
 )  # fmt: skip
 """Everything that a run writes, except the lock."""
 

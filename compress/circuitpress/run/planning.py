@@ -18,9 +18,12 @@ from numpy.typing import NDArray
 
 from ..errors import InfeasibleBudget, RecipeError
 from ..files import write_bytes_atomic
+from ..menu import TARGET_FORMATS
 from ..plan import Constraint, Curve, Problem, make_plan, pareto, pose, solve, thin, write_plan
 from ..plan.constraints import rules
+from ..plan.latency import LatencyTable
 from ..plan.outside import AUTO
+from ..plan.targets import fit, target_rules
 from ..recipe import Recipe
 from ..units import Decision, Group, Plan, Prices, UnitId
 from ..widths import full_widths, narrow
@@ -48,7 +51,7 @@ def plan_and_front(session: "circuitpress.run.session.Session") -> tuple[Plan, l
     curve = correction(session)
     problem = pose_problem(prices, session, session.outer)
     plan = with_drops(write_plan(problem, solve(problem.prices, problem.constraints), curve=curve), session)
-    masks = rules(prices, protect_patterns=session.protect, floors=recipe.floors)
+    masks = rules(prices, protect_patterns=session.protect, floors=recipe.floors) + target_rules(prices, recipe.target)
     front = thin(pareto(prices, curve=curve, constraints=masks), most=FRONT)
     return plan, [point.to_json() for point in front]
 
@@ -89,7 +92,7 @@ def refuse_impossible(session: "circuitpress.run.session.Session") -> None:
     prices = replace(_stand_in(groups, formats, nbytes), original_numel=anatomy.original_numel)
     menu = session.outer_menu()
     outer = _stand_in(outer_groups(session.anatomy), menu, outer_bytes(outer_groups(session.anatomy), menu))
-    problem = pose_problem(_cut_out(prices, session), session, outer)
+    problem = pose_problem(_shaped(prices, session), session, outer)
     solve(problem.prices, problem.constraints)
 
 
@@ -103,8 +106,8 @@ def block_prices(session: "circuitpress.run.session.Session") -> Prices:
 
 
 def on_offer(prices: Prices, session: "circuitpress.run.session.Session") -> Prices:
-    """A table of prices with the formats on offer alone and protected units cut out."""
-    return _cut_out(_on_offer(prices), session)
+    """A table of prices with the formats on offer alone, protected units cut out, and the groups of the target."""
+    return _shaped(_on_offer(prices), session)
 
 
 def correction(session: "circuitpress.run.session.Session") -> Curve | None:
@@ -132,6 +135,7 @@ def pose_problem(
         constraints=constraints,
         outer=outer,
         outer_format=fixed,
+        latencies=LatencyTable.load(recipe.latencies) if recipe.latencies else None,
     )
 
 
@@ -156,6 +160,8 @@ def plan_again(session: "circuitpress.run.session.Session", recipe: Recipe) -> N
 
     Nothing is touched if there is no feasible plan. The journal forgets first: a crash in between repeats work only.
     """
+    from .fingerprint import settings
+
     before, session.recipe = session.recipe, recipe
     try:
         plan, front = plan_and_front(session)
@@ -169,7 +175,7 @@ def plan_again(session: "circuitpress.run.session.Session", recipe: Recipe) -> N
         plan.save(session.path / "plan.json")
     session.write("pareto.json", front)
     write_bytes_atomic(session.path / "recipe.yaml", recipe.to_yaml().encode())
-    folder.fingerprints |= {f"recipe.{key}": value for key, value in recipe.flatten().items()}
+    folder.fingerprints |= settings(recipe)
     folder.save()
 
 
@@ -196,8 +202,15 @@ def _on_offer(prices: Prices) -> Prices:
     return replace(prices, formats=tuple(prices.formats[k] for k in columns), **cut)
 
 
+def _shaped(prices: Prices, session: "circuitpress.run.session.Session") -> Prices:
+    return fit(_cut_out(prices, session), session.recipe.plan.target)
+
+
 def _cut_out(prices: Prices, session: "circuitpress.run.session.Session") -> Prices:
-    """With whole matrices as groups, the rows and columns of protected units become groups of their own."""
+    """With whole matrices as groups, the rows and columns of protected units become groups of their own.
+
+    A target that has one format a matrix keeps them whole: all of a protected unit's matrices are then protected.
+    """
     if session.recipe.plan.granularity != "matrix":
         return prices
     units: list[UnitId] = []
@@ -208,10 +221,11 @@ def _cut_out(prices: Prices, session: "circuitpress.run.session.Session") -> Pri
             units += [unit for unit in session.anatomy.units() if fnmatchcase(str(unit), pattern)]
     if not units:
         return prices
-    from ..segments import split_protected
+    from ..segments import name_units, split_protected
 
+    separate = name_units if session.recipe.plan.target in TARGET_FORMATS else split_protected
     try:
-        return split_protected(prices, list(dict.fromkeys(units)), session.anatomy)
+        return separate(prices, list(dict.fromkeys(units)), session.anatomy)
     except ValueError as error:
         raise RecipeError([f"plan.protect: {error}"], hint="circuitpress check MODEL lists the units") from error
 

@@ -1,6 +1,6 @@
 """The stages of a run, in order; each reads what earlier ones wrote and writes its own files into the run folder.
 
-    check -> prune -> score -> exact -> probe -> plan -> swap -> apply -> refine -> evaluate -> report
+    check -> prune -> score -> exact -> probe -> plan -> keep -> swap -> apply -> refine -> evaluate -> tasks -> report
 
 | stage | writes | what it does |
 |---|---|---|
@@ -10,10 +10,12 @@
 | exact | exact.json | changes single groups and measures, to say how far prices can be trusted |
 | probe | probes.json | measures other plans, to correct the additive prediction |
 | plan | plan.json, pareto.json | spends the budget |
+| keep | behaviors.json, plan.json | plans again until named behaviors are kept, if the recipe names any |
 | swap | swaps.json, plan.json | measures plans around it and takes better ones |
 | apply | shards/, model/ | rounds, packs, writes the model |
 | refine | refine.json, model/ | learns codes, scales and norms together, if the recipe asks for steps |
 | evaluate | evaluate/fidelity.json | KL, top-1 and perplexity against the original, on text that nothing else saw |
+| tasks | evaluate/tasks.json | original and result on lm-eval tasks, if the recipe names any |
 | report | report.html | one page for people |
 
 Everything heavy (windows, the stream) is made when a stage first asks for it, so a rerun that finds all stages finished
@@ -34,7 +36,9 @@ from .keeping import judge, keep, price_behaviors, price_hessians
 from .planning import front_plans, plan_again
 from .pruning import prune_model
 from .session import Session
+from .sparing import feature_hessians
 from .swapping import swap
+from .tasks import asked_by, compare_on_tasks
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +85,7 @@ def _score(session: Session) -> None:
 
     recipe, (calibration, held_out, test) = session.recipe, session.windows
     formats = session.names([*recipe.plan.formats, *_uniform(recipe)])
-    beside = price_hessians(session)
+    beside = [*price_hessians(session), *feature_hessians(session)]
     with session.console.progress("score", len(session.anatomy.blocks)) as advance:
         scores, prices = price(
             session.stream, calibration.ids, formats=formats, granularity=recipe.plan.granularity,
@@ -178,6 +182,16 @@ def _evaluate(session: Session) -> None:
     session.write("evaluate/fidelity.json", result.to_json() | {"text": test.describe()})
 
 
+def _tasks(session: Session) -> None:
+    document: dict[str, Any] = {"rows": []}
+    if session.recipe.evaluate.tasks:
+        document = compare_on_tasks(
+            session.path / "model", session.checkpoint, asked_by(session.recipe), device=session.device,
+            console=session.console,
+        )  # fmt: skip
+    session.write("evaluate/tasks.json", document)
+
+
 def _report(session: Session) -> None:
     from ..report import write_report
 
@@ -196,6 +210,7 @@ STAGES = (
     Stage("apply", _apply, ("model/config.json",)),
     Stage("refine", _refine, ("refine.json",)),
     Stage("evaluate", _evaluate, ("evaluate/fidelity.json",)),
+    Stage("tasks", _tasks, ("evaluate/tasks.json",)),
     Stage("report", _report, ("report.html",)),
 )
 NAMES = tuple(stage.name for stage in STAGES)
@@ -214,6 +229,8 @@ def check_gates(recipe: Recipe, fidelity: dict[str, Any]) -> None:
         missed.append(f"KL is {fidelity['kl']:.4g} nats per token, evaluate.max_kl is {gates.max_kl:g}")
     if gates.min_top1 is not None and not fidelity["top1_agreement"] >= gates.min_top1:
         missed.append(f"top-1 agreement is {fidelity['top1_agreement']:.4f}, evaluate.min_top1 is {gates.min_top1:g}")
+    if (recovery := fidelity.get("recovery")) is not None and recovery < (gates.min_recovery or 0):
+        missed.append(f"{recovery:.4f} of the task scores is left, evaluate.min_recovery is {gates.min_recovery:g}")
     missed += [_lost(row, fidelity["behaviors_take"]) for row in fidelity.get("behaviors", []) if not row["kept"]]
     if missed:
         raise QualityGateMissed("\n".join(missed), hint="the model was written; give a larger budget for a better one")

@@ -8,6 +8,7 @@ from ..console import size, table
 from ..plan import Difference
 from ..units import Plan
 from .folder import RunFolder
+from .tasks import task_lines
 
 
 def summarize(folder: RunFolder, model: str) -> dict[str, Any]:
@@ -19,6 +20,9 @@ def summarize(folder: RunFolder, model: str) -> dict[str, Any]:
     if judged.exists():
         fidelity["behaviors"] = json.loads(judged.read_text())
         fidelity["behaviors_take"] = json.loads(planned.read_text())["takes"]
+    tasks = folder.path / "evaluate" / "tasks.json"
+    if tasks.exists() and (compared := json.loads(tasks.read_text()))["rows"]:
+        fidelity |= {"tasks": compared["rows"], "recovery": compared["recovery"]}
     return fidelity | {
         "model": model,
         "out": str(folder.path),
@@ -53,6 +57,7 @@ def render_run(document: dict[str, Any]) -> str:
             "",
             kl_lines(d),
             *_behavior_lines(d.get("behaviors", [])),
+            *(task_lines({"rows": d["tasks"], "recovery": d["recovery"]}) if "tasks" in d else []),
             "",
             f"{d['tokens']} test tokens; the run took {d['seconds']:.1f} s",
             "",
@@ -84,14 +89,17 @@ def kl_lines(document: dict[str, Any]) -> str:
 
 
 def render_fidelity(document: dict[str, Any], model: str, reference: str) -> str:
-    """The table of `eval`."""
+    """The table of `eval`; baselines of the reference are more columns."""
+    others: dict[str, dict[str, Any]] = document.get("baselines", {})
+    columns = [document, *others.values()]
     rows = [
-        ("", "reference", "model"),
-        ("all weight files", size(document["reference_bytes"]), size(document["bytes"])),
-        ("bits per weight", "", f"{document['bits_per_weight']:.3f}"),
-        ("perplexity", number(document["reference_perplexity"]), number(document["perplexity"])),
-        ("KL, nats per token", "", f"{number(document['kl'])} +- {document['kl_stderr']:.2g}"),
-        ("top-1 agreement", "", f"{100 * document['top1_agreement']:.1f} %"),
+        ("", "reference", "model", *others),
+        ("all weight files", size(document["reference_bytes"]), *(size(d["bytes"]) for d in columns)),
+        ("bits per weight", "", *(f"{d['bits_per_weight']:.3f}" for d in columns)),
+        ("perplexity", number(document["reference_perplexity"]), *(number(d["perplexity"]) for d in columns)),
+        ("KL, nats per token", "", *(number(d["kl"]) for d in columns)),
+        ("+-", "", *(f"{d['kl_stderr']:.2g}" for d in columns)),
+        ("top-1 agreement", "", *(f"{100 * d['top1_agreement']:.1f} %" for d in columns)),
     ]
     return f"{table(f'{model} against {reference}', rows)}\n\n{document['tokens']} tokens, {document['seconds']:.1f} s"
 

@@ -7,6 +7,7 @@ of 64 (352 inputs: relative error 0.2 instead of 0.09).
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -25,9 +26,10 @@ def quantize(job: Job) -> Mapping[str, Kept]:
         rows, cols = job.matrices[name]
         weight = linear.weight.detach().float().contiguous()
         with job.timed():
-            packed, state = quantize_4bit(
+            stored: Any = quantize_4bit(
                 weight, blocksize=BLOCK, compress_statistics=double, quant_type=job.options.get("type", "nf4")
             )
+        packed, state = stored
         absmax = state.absmax
         if double:
             absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
