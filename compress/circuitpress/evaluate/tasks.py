@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -104,6 +105,7 @@ def run_tasks(folder: Path, settings: TaskSettings, *, device: str = "cpu", adva
     Raises CircuitpressError for tasks that the harness does not know and for data that it cannot load.
     """
     import lm_eval
+    import lm_eval.evaluator
 
     from .harness import CircuitpressLM
 
@@ -114,7 +116,9 @@ def run_tasks(folder: Path, settings: TaskSettings, *, device: str = "cpu", adva
         model = CircuitpressLM(str(folder), device=device, batch_size=settings.batch_size, quiet=True)
         handle = model.model.register_forward_hook(_counter(advance))
         try:
-            with contextlib.chdir(settings.data or Path.cwd()):
+            # It would ask git for the commit of the working directory, which is not ours and may be in no repository.
+            nothing = mock.patch.object(lm_eval.evaluator, "get_git_commit_hash", return_value=None)
+            with contextlib.chdir(settings.data or Path.cwd()), nothing:
                 results = evaluate(
                     model=model, tasks=chosen, task_manager=manager, num_fewshot=settings.shots, limit=settings.limit,
                     apply_chat_template=settings.chat_template, bootstrap_iters=1000, random_seed=settings.seed,
