@@ -231,6 +231,21 @@ def speed() -> str:
     return _table([*head, "weight memory against that"], lines)
 
 
+def latency() -> str:
+    """Plans within a time beside plans of as many bytes."""
+    lines = []
+    for row in _rows("latency.json"):
+        if row["budget"] == "none":
+            continue
+        formats = ", ".join(f"{count} {name}" for name, count in row["formats"].items() if count)
+        times = [f"{row[key] / 1000:.2f}" for key in ("planned_us", "measured_us")]
+        change = _change(row["measured_us"], row["planned_us"])
+        what = f"time: {row['share']:.0%} of 16-bit" if row["budget"] == "time" else "as many bytes"
+        lines.append([row["checkpoint"], what, f"{row['bits_per_weight']:.2f}", *times, change, formats])
+    head = ["model", "budget", "bits per weight", "planned, ms", "measured, ms", "off by", "matrices in each format"]
+    return _table(head, lines)
+
+
 def exports() -> str:
     """Every target, written and loaded by its own consumer."""
     rows = _rows("export.json")
@@ -292,6 +307,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "clock": clock,
     "speed": speed,
     "memory": memory,
+    "latency": latency,
     "exports": exports,
     "aot": aot,
 }
