@@ -17,10 +17,8 @@ import json
 import platform
 import re
 import resource
-import shlex
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -45,6 +43,7 @@ from transformers import (
 import circuitpress  # noqa: F401 (makes from_pretrained read packed folders)
 from circuitpress.files import write_bytes_atomic
 from circuitpress.formats import IntCodes, IntFormat
+from common import command_line
 
 CONTEXT = 128
 BASELINE = "dense bfloat16"
@@ -111,7 +110,7 @@ def main(
                 click.echo(json.dumps(rows[-1]))
     machine = machine or machine_name()
     document = {
-        "commit": commit(), "machine": machine, "command": shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
+        "commit": commit(), "machine": machine, "command": command_line(),
         "versions": {library: importlib.metadata.version(library) for library in LIBRARIES}, "rows": rows,
     }  # fmt: skip
     path = out / f"speed-{machine}.json"
