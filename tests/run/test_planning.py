@@ -107,3 +107,9 @@ def test_what_cannot_be_planned_is_said_before_any_work_and_then_corrected(
     # The same folder takes a corrected recipe: nothing was computed that could be lost.
     with pytest.raises(AssertionError, match="price.price ran"):
         run_recipe(make_recipe(tiny_llama, text_file), tmp_path / "run", console)
+
+
+def test_another_target_needs_other_prices(copy: Path, console: Console) -> None:
+    with pytest.raises(RecipeError) as caught:
+        replan(copy, console, budget=None, target="bitsandbytes", protect=(), front=False)
+    assert caught.value.hint is not None and "--set plan.target=bitsandbytes" in caught.value.hint

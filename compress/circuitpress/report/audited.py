@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from .page import Row, nats
 from .svg import COLOURS, HEATS, draw, place
@@ -29,7 +30,9 @@ def build_audit(document: Json) -> dict[str, Any]:
         "able": sum(row["able"] for row in document["behaviors"]),
         "lost_behaviors": [row["name"] for row in document["behaviors"] if row["lost"]],
         "safety": any(row.get("safety") for row in document["behaviors"]),
-        "circuits": [_circuit(row) for row in document.get("circuits", [])],
+        "circuits": [line for row in document.get("circuits", []) for line in _circuit(row)],
+        "circuit_count": len(document.get("circuits", [])),
+        "circuit_reasons": [row["model"]["reason"] for row in document.get("circuits", []) if "reason" in row["model"]],
         "lost_circuits": [row["behavior"] for row in document.get("circuits", []) if row["lost"]],
         "layers": [_layer(row) for row in document.get("layers", [])],
         "layer_plot": _layer_plot(document["layers"]) if document.get("layers") else None,
@@ -53,13 +56,18 @@ def _behavior(row: Json) -> Row:
     return Row(row["name"], (verdict, *cells, *margins, str(row["pairs"])))
 
 
-def _circuit(row: Json) -> Row:
+def _circuit(row: Json) -> list[Row]:
+    """The circuit in the reference, then in the model; what could not be measured has no figures there."""
     was, is_now = row["reference"], row["model"]
-    cells = (f"{row['size']} {row['granularity']}", _faithful(was), f"{was['left']:.2f}", f"{was['whole']:.2f}")
+    size = f"{row['size']} {row['granularity']}"
+    rows = [Row(f"{row['behavior']}, reference", (size, "", *_sides(was)))]
     if "reason" in is_now:
-        return Row(row["behavior"], ("LOST", *cells, is_now["reason"], "", ""))
-    verdict = "CHANGED" if row["lost"] else "holds"
-    return Row(row["behavior"], (verdict, *cells, _faithful(is_now), f"{is_now['left']:.2f}", f"{is_now['whole']:.2f}"))
+        return [*rows, Row("model", ("", "LOST", "", "", ""))]
+    return [*rows, Row("model", ("", "CHANGED" if row["lost"] else "holds", *_sides(is_now)))]
+
+
+def _sides(side: Json) -> tuple[str, str, str]:
+    return _faithful(side), f"{side['left']:.2f}", f"{side['whole']:.2f}"
 
 
 def _faithful(side: Json) -> str:
@@ -107,6 +115,7 @@ def _layer_plot(rows: Sequence[Json]) -> str:
             axes.set_ylabel(label)
             axes.set_ylim(0, None)
             axes.grid(axis="y")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             if at:
                 axes.set_xlabel("blocks run")
 

@@ -154,7 +154,8 @@ def _prediction_errors(run: RunFiles) -> list[Row]:
         return []
     kl, plan = run.fidelity["kl"], run.plan
     pairs = [("Predicted: sum of prices", plan.predicted_kl), ("Corrected by the probes", plan.predicted_kl_corrected)]
-    rows = [Row(name, (nats(value), f"{round(value / kl - 1, 2) or 0.0:+.0%}")) for name, value in pairs if value is not None]
+    off = [(name, value, round(value / kl - 1, 2) or 0.0) for name, value in pairs if value is not None]
+    rows = [Row(name, (nats(value), f"{change:+.0%}")) for name, value, change in off]
     return [*rows, Row("Measured on held-out text", (nats(kl), ""))]
 
 

@@ -88,7 +88,7 @@ def replan(
         wanted = {"plan.budget": budget, "plan.target": target, "plan.protect": list(protect) or None}
         wanted["plan.latencies"] = str(latencies.resolve()) if latencies else None
         started = time.monotonic()
-        plan_again(session, session.recipe.replace({key: value for key, value in wanted.items() if value is not None}))
+        plan_again(session, _replaced(session.recipe, {k: value for k, value in wanted.items() if value is not None}))
         session.folder.finish("plan", time.monotonic() - started)
         plan = load_plan(out)
         rows = json.loads((out / "pareto.json").read_text())
@@ -97,6 +97,16 @@ def replan(
         if front:
             text, document = f"{text}\n\n{render_front(rows)}", document | {"pareto": rows}
     return text + f"\n\nnext: circuitpress apply {out}", document
+
+
+def _replaced(recipe: Recipe, wanted: dict[str, Any]) -> Recipe:
+    try:
+        return recipe.replace(wanted)
+    except RecipeError as error:
+        if "plan.target" not in wanted:
+            raise
+        hint = "formats are priced for a target: circuitpress score MODEL --out NEW --set plan.target="
+        raise RecipeError(error.problems, hint=hint + str(wanted["plan.target"])) from error
 
 
 def apply_plan(out: Path, console: Console, *, device: str | None = None) -> Result:
