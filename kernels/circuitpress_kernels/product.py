@@ -19,7 +19,7 @@ from .slices import SliceForm, SliceMatrix, slice_linear_twin
 def slice_linear(x: Tensor, matrix: SliceMatrix, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias [batch, rows] for x [batch, cols] (bfloat16, float16 or float32), in the type of `x`.
 
-    Products are summed in float32. Above 64 rows of `x` on a GPU weights are rounded to its type.
+    Products are summed in float32. Above 32 rows of `x` on a GPU weights are rounded to its type.
     """
     return slice_linear_op(x, list(matrix[:-1]), bias, *matrix.form)
 
