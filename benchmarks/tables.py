@@ -252,7 +252,8 @@ def exports() -> str:
     lines = [
         [
             row["checkpoint"], row["target"], f"{row['bits_per_weight']:.2f}", f"{row['file_bytes']:,}",
-            f"{row['max_logit_error']:.2g}", f"{row['kl']:.4g}",
+            f"{row['max_logit_error']:.2g}",
+            f"{row['kl_planned']:.4g} (stand-ins)" if row["kl"] is None else f"{row['kl']:.4g}",
         ]
         for row in rows
     ]  # fmt: skip
