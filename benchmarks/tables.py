@@ -261,6 +261,22 @@ def exports() -> str:
     return _table(head, lines)
 
 
+def harness() -> str:
+    """The same tasks by the harness's own command line and by `eval --tasks`."""
+    rows = _rows("harness.json")
+    lines = []
+    for checkpoint, model, bits in _keys(rows, "checkpoint", "model", "bits_per_weight"):
+        mine = _select(rows, checkpoint=checkpoint, model=model, bits_per_weight=bits)
+        gap = max(abs(row["eval"] - row["lm_eval"]) for row in mine)
+        name = model if bits is None else f"{model}, {bits:.2f} bits"
+        for row in mine:
+            if "::" not in row["task"]:
+                task = f"{row['task']} {row['metric']}"
+                lines.append([f"{checkpoint}, {name}", task, f"{row['lm_eval']:.6g}", f"{row['eval']:.6g}"])
+                lines[-1].append(f"{gap:.2g} in {len(mine)}")
+    return _table(["model", "task", "lm-eval", "eval --tasks", "largest difference of all scores"], lines)
+
+
 def aot() -> str:
     """What the compiler makes of the kernels for uniform integers on an H100 or H200."""
     rows = [row for row in _rows("kernels-aot.json") if row["target"] == "sm_90" and row["kernel"] == "slice_pieces"]
@@ -310,6 +326,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "memory": memory,
     "latency": latency,
     "exports": exports,
+    "harness": harness,
     "aot": aot,
 }
 
