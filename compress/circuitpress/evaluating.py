@@ -46,14 +46,17 @@ def eval_(
 
     if tasks is None and (min_recovery is not None or include is not None):
         raise RecipeError(["--min-recovery and --include are about tasks"], hint="add --tasks NAME,NAME")
+    settings = None
+    if tasks is not None:
+        from .evaluate.tasks import TaskSettings, check_tasks
+
+        settings = TaskSettings(_names(tasks), include, task_data, shots, limit, chat_template, batch_size)
+        check_tasks(settings)  # before anything is measured
     shown, document = measure_model(
         model, console, reference=reference, text=text, windows=windows, length=length,
         baselines=_names(baseline), device=device,
     )  # fmt: skip
-    if tasks is not None:
-        from .evaluate.tasks import TaskSettings
-
-        settings = TaskSettings(_names(tasks), include, task_data, shots, limit, chat_template, batch_size)
+    if settings is not None:
         table, compared = measure_tasks(model, console, settings=settings, reference=reference, device=device)
         shown, document = f"{shown}\n{table}", document | {"tasks": compared["rows"]} | _about(compared)
     console.result(shown, document)

@@ -16,6 +16,7 @@ from circuitpress.evaluate.tasks import (
     TaskRun,
     TaskScore,
     TaskSettings,
+    check_tasks,
     compare_runs,
     mean_recovery,
     run_tasks,
@@ -120,11 +121,19 @@ def test_a_group_pools_its_documents(tiny_llama: Path, tasks: Path) -> None:
     assert {score.task for score in run.scores[1:]} == {"both::one", "both::two"}
 
 
+def test_patterns_stand_for_what_they_match(tiny_llama: Path, tasks: Path) -> None:
+    """The parts of a group were not asked for; what a pattern matches was."""
+    assert set(run_tasks(tiny_llama, _settings(tasks, "pa*", "last_*", limit=2)).asked) == {"pairs", "last_word"}
+    assert run_tasks(tiny_llama, _settings(tasks, "both", limit=2)).asked == ("both",)
+
+
 def test_unknown_tasks_and_missing_data_are_named(tiny_llama: Path, tasks: Path, tmp_path: Path) -> None:
     with pytest.raises(CircuitpressError, match="no task called nonsense"):
         run_tasks(tiny_llama, _settings(tasks, "nonsense"))
-    with pytest.raises(CircuitpressError, match="data of pairs cannot be loaded"):
-        run_tasks(tiny_llama, TaskSettings(("pairs",), tasks, tmp_path))
+    for ask in (lambda wrong: run_tasks(tiny_llama, wrong), check_tasks):
+        with pytest.raises(CircuitpressError, match="data of pairs cannot be loaded"):
+            ask(TaskSettings(("pairs",), tasks, tmp_path))
+    check_tasks(_settings(tasks, "pairs", "both"))
     with pytest.raises(CircuitpressError, match="no such folder of tasks"):
         run_tasks(tiny_llama, TaskSettings(("pairs",), tmp_path / "nowhere"))
 

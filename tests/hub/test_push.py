@@ -15,10 +15,10 @@ import yaml
 
 from circuitpress.errors import CircuitpressError
 from circuitpress.hub import prepare
-from circuitpress.hub.push import scrubbed
+from circuitpress.hub.card import scrubbed
 
 sys.path.insert(0, str(Path(__file__).parent))
-from loopback import TOKEN, Hub, loopback_hub
+from loopback import TOKEN, Hub, Repository, loopback_hub
 
 LOAD = """
 import sys, torch, circuitpress
@@ -141,6 +141,28 @@ def test_hidden_files_and_an_old_card_stay_at_home(published: Path, tmp_path: Pa
     upload = prepare(model, "me/tiny", base="org/base", licence="mit")
     assert not any(name.startswith(".") for name in upload.files) and "old" not in upload.card
     assert "Nothing was measured" in upload.card, "outside a run folder there is no evidence"
+
+
+def test_private_is_never_sent_to_a_public_repository(hub: Hub, published: Path, tmp_path: Path) -> None:
+    hub.repositories["me/tiny"] = Repository(private=False)
+    done = _push(hub, tmp_path, str(published / "model"), "me/tiny", "--base", "org/base", "--private")
+    assert done.returncode == 1 and "is there already and public" in done.stderr
+    assert not hub.puts() and hub.repositories["me/tiny"].commits == 0
+
+
+def test_no_file_tells_where_it_was_made(published: Path, tmp_path: Path) -> None:
+    """Every path of a recipe, those of later keys too, and the source of an export."""
+    run = tmp_path / "run"
+    shutil.copytree(published, run)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["plan"]["latencies"] = "/home/me/secret/times.json"
+    recipe["features"] = [{"sae": "/home/me/secret/sae", "site": "L0.resid_post"}]
+    recipe["behaviors"] = [{"name": "x", "file": "/home/me/secret/x.yaml"}]
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (run / "model" / "export.json").write_text(json.dumps({"source": "/home/me/secret/model", "bytes": 3}))
+    files = prepare(run, "me/tiny", base="org/base").files
+    assert not [name for name, content in files.items() if isinstance(content, bytes) and b"secret" in content]
+    assert b"times.json" in files["recipe.yaml"] and b'"source": "model"' in files["export.json"]  # pyright: ignore
 
 
 def test_paths_become_names() -> None:

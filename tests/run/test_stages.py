@@ -188,3 +188,36 @@ def test_windows_are_no_longer_than_the_model_reads(
     recipe = make_recipe(tiny_llama, text_file, **{"data.length": 500})
     with open_folder(tmp_path / "run", create=True) as folder:
         assert Session(folder, recipe, console).windows[0].ids.shape == (6, 64)
+
+
+def test_a_misspelt_task_is_told_before_anything_is_computed(
+    make_recipe: MakeRecipe, tiny_llama: Path, text_file: Path, tmp_path: Path, console: Console,
+    forbid: Callable[..., None],
+) -> None:  # fmt: skip
+    forbid()
+    (tmp_path / "tasks").mkdir()
+    asked = {"evaluate.tasks": ["no_such_task_anywhere"], "evaluate.include": str(tmp_path / "tasks")}
+    with pytest.raises(CircuitpressError, match="no task called no_such_task_anywhere"):
+        run_recipe(make_recipe(tiny_llama, text_file, **asked), tmp_path / "run", console)
+
+
+def test_tasks_of_a_recipe_are_run_on_both_models_and_gated(
+    make_recipe: MakeRecipe, tiny_llama: Path, text_file: Path, tmp_path: Path, console: Console
+) -> None:
+    rows = [{"good": "the river runs", "bad": "runs river the"}, {"good": "a good day", "bad": "day good a"}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = "task: pairs\ndataset_path: json\ndataset_kwargs: {data_files: {test: pairs.jsonl}}\ntest_split: test\n"
+    task += 'output_type: multiple_choice\ndoc_to_text: ""\ndoc_to_target: 0\ndoc_to_choice: "{{[good, bad]}}"\n'
+    (tmp_path / "pairs.yaml").write_text(task + "metric_list: [{metric: acc, aggregation: mean}]\n")
+    asked = {"evaluate.tasks": ["pairs"], "evaluate.include": str(tmp_path), "evaluate.task_data": str(tmp_path)}
+    recipe = make_recipe(tiny_llama, text_file, **asked, **{"evaluate.min_recovery": 1.5})
+    text, document = run_recipe(recipe, tmp_path / "run", console)
+    (row,) = document["tasks"]
+    assert (row["task"], row["metric"], row["documents"]) == ("pairs", "acc", 2) and "pairs acc" in text
+    if document["recovery"] is None:
+        assert row["reference"] == 0
+    else:
+        with pytest.raises(QualityGateMissed, match="of the task scores is left"):
+            check_gates(recipe, document)
+    plain = measure_model(tmp_path / "run" / "model", console, windows=2, length=16, baselines=["nf4"])[1]
+    assert 4 < plain["baselines"]["nf4"]["bits_per_weight"] < 6.5

@@ -8,6 +8,7 @@ Calibrated quantizers need environments of their own: `circuitpress bench qualit
 import contextlib
 import io
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,19 @@ def baseline(name: str, reference: Stream, windows: Tensor) -> Fidelity:
 
     Raises CircuitpressError for other names and without bitsandbytes.
     """
-    if name not in BASELINES:
-        raise CircuitpressError(
-            f"no baseline called {name}: there are {', '.join(BASELINES)}",
-            hint="for calibrated quantizers: circuitpress bench quality MODEL --peers optimum-gptq",
-        )
+    check_baselines([name])
     with tempfile.TemporaryDirectory() as folder:
         _quantize(name, reference.anatomy.folder, Path(folder))
         return fidelity(open_stream(Path(folder), device=str(reference.device)), reference, windows)
+
+
+def check_baselines(names: Sequence[str]) -> None:
+    """Raises CircuitpressError for names that BASELINES has not."""
+    if strangers := [name for name in names if name not in BASELINES]:
+        raise CircuitpressError(
+            f"no baseline called {', '.join(strangers)}: there are {', '.join(BASELINES)}",
+            hint="for calibrated quantizers: circuitpress bench quality MODEL --peers optimum-gptq",
+        )
 
 
 def _quantize(name: str, source: Path, out: Path) -> None:

@@ -8,6 +8,7 @@ register before its command line runs. So `circuitpress lm-eval ...` registers a
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models import huggingface
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -31,7 +32,8 @@ class CircuitpressLM(_HFLM):
     ) -> None:  # fmt: skip
         folder = resolve_checkpoint(str(pretrained), trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
-        cast(Any, model).to(device or "cpu")
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        cast(Any, model).to(device)
         super().__init__(
             cast(PreTrainedModel, model), device=device, trust_remote_code=trust_remote_code,
             **{"tokenizer": str(folder), **arguments},

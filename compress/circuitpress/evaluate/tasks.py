@@ -65,7 +65,7 @@ class TaskScore:
 
 @dataclass(frozen=True, eq=False)
 class TaskRun:
-    """All scores of one model, in the order of the tasks asked for, and what they depend on."""
+    """All scores of one model and what they depend on; `asked` are the tasks and groups that are no part of another."""
 
     scores: tuple[TaskScore, ...]
     asked: tuple[str, ...]
@@ -92,7 +92,7 @@ class TaskComparison:
     version: str
     dataset: str | None
     asked: bool
-    """Whether the task was asked for by name, or belongs to a group that was."""
+    """Whether it is what was asked for, by name, pattern or tag, and not a part of a group that was."""
 
     def to_json(self) -> dict[str, Any]:
         """All fields."""
@@ -111,32 +111,25 @@ def run_tasks(folder: Path, settings: TaskSettings, *, device: str = "cpu", adva
 
     evaluate: Any = lm_eval.simple_evaluate  # its decorator hides the signature from type checkers
     # What the harness and the data library print goes to the log: stdout is for results.
-    with _into_log() as noise:
+    with _into_log():
         manager, chosen = _find(settings)
         model = CircuitpressLM(str(folder), device=device, batch_size=settings.batch_size, quiet=True)
         handle = model.model.register_forward_hook(_counter(advance))
         try:
             # It would ask git for the commit of the working directory, which is not ours and may be in no repository.
             nothing = mock.patch.object(lm_eval.evaluator, "get_git_commit_hash", return_value=None)
-            with contextlib.chdir(settings.data or Path.cwd()), nothing:
+            with _data_of(settings), nothing:
                 results = evaluate(
                     model=model, tasks=chosen, task_manager=manager, num_fewshot=settings.shots, limit=settings.limit,
                     apply_chat_template=settings.chat_template, bootstrap_iters=1000, random_seed=settings.seed,
                     numpy_random_seed=settings.seed, torch_random_seed=settings.seed, fewshot_random_seed=settings.seed,
                 )  # fmt: skip
-        except OSError as error:
-            log.debug("%s", noise.getvalue())
-            raise CircuitpressError(
-                f"the data of {', '.join(settings.tasks)} cannot be loaded: {error}",
-                hint="--task-data DIR names the folder that relative paths of local tasks start from; "
-                "tasks of the harness need the network once",
-            ) from error
         finally:
             handle.remove()
     probe = model.tokenizer("a").input_ids  # pyright: ignore
     return TaskRun(
         tuple(_scores(results)),
-        settings.tasks,
+        tuple(_roots(results)),
         {
             "lm_eval": results["lm_eval_version"],
             "transformers": results["transformers_version"],
@@ -147,6 +140,14 @@ def run_tasks(folder: Path, settings: TaskSettings, *, device: str = "cpu", adva
             "seed": settings.seed,
         },
     )
+
+
+def check_tasks(settings: TaskSettings) -> None:
+    """Raises what `run_tasks` would raise for unknown tasks and missing data, before hours of other work."""
+    with _into_log():
+        manager, chosen = _find(settings)
+        with _data_of(settings):
+            manager.load(chosen)
 
 
 def compare_runs(reference: TaskRun, model: TaskRun) -> list[TaskComparison]:
@@ -220,6 +221,14 @@ def _scores(results: Mapping[str, Any]) -> Iterator[TaskScore]:
             )
 
 
+def _roots(results: Mapping[str, Any]) -> list[str]:
+    """Names of patterns and tags are gone by now; what they stand for is what no group holds."""
+    subtasks = results["group_subtasks"]
+    inside = {child for children in subtasks.values() for child in children}
+    names: dict[str, Any] = results["results"] | (results.get("groups") or {})
+    return [name for name in names if name not in inside]
+
+
 def _dataset(config: Mapping[str, Any]) -> str | None:
     path = config.get("dataset_path")
     return path if isinstance(path, str) and path.count("/") == 1 else None
@@ -282,11 +291,25 @@ def _counter(advance: Advance) -> Any:
 
 
 @contextlib.contextmanager
-def _into_log() -> Iterator[io.StringIO]:
+def _data_of(settings: TaskSettings) -> Iterator[None]:
+    """The working directory that relative data files start from; data that does not load is a CircuitpressError."""
+    try:
+        with contextlib.chdir(settings.data or Path.cwd()):
+            yield
+    except OSError as error:
+        raise CircuitpressError(
+            f"the data of {', '.join(settings.tasks)} cannot be loaded: {error}",
+            hint="--task-data DIR names the folder that relative paths of local tasks start from; "
+            "tasks of the harness need the network once",
+        ) from error
+
+
+@contextlib.contextmanager
+def _into_log() -> Iterator[None]:
     noise = io.StringIO()
     try:
         with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
-            yield noise
+            yield
     finally:
         for line in noise.getvalue().replace("\r", "\n").splitlines()[-50:]:
             log.debug("lm-eval: %s", line)

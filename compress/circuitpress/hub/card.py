@@ -5,6 +5,7 @@ home: files appear by their names.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -89,15 +90,20 @@ def model_card(evidence: Evidence, repo: str, *, base: str | None, terms: Terms)
 
 def public_recipe(run: RunFiles, base: str | None) -> str:
     """The run's recipe without the paths of the machine: files by their names, the model by its Hub id."""
-    recipe = json.loads(json.dumps(run.recipe))
-    recipe["model"] = base or Path(str(recipe.get("model", ""))).name
-    places = [("data", "calibration"), ("data", "test"), ("evaluate", "include"), ("evaluate", "task_data")]
-    for section, key in places:
-        if (recipe.get(section) or {}).get(key):
-            recipe[section][key] = Path(recipe[section][key]).name
-    for behavior in recipe.get("behaviors") or []:
-        behavior["file"] = Path(behavior["file"]).name
+    recipe = scrubbed(run.recipe)
+    recipe["model"] = base or recipe.get("model")
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100)
+
+
+def scrubbed(document: Any) -> Any:
+    """A copy of a JSON document in which absolute paths are only file names."""
+    if isinstance(document, dict):
+        return {key: scrubbed(value) for key, value in document.items()}
+    if isinstance(document, list):
+        return [scrubbed(value) for value in document]
+    if isinstance(document, str) and re.match(r"(/|~/|[A-Za-z]:\\)[^\n]*$", document):
+        return re.split(r"[/\\]", document.rstrip("/\\"))[-1]
+    return document
 
 
 def hub_base(evidence: Evidence) -> str | None:

@@ -27,17 +27,22 @@ class Terms:
     def problems(self, name: str, files: tuple[str, ...]) -> list[str]:
         """What is wrong with publishing under `name` the files called `files`."""
         found = []
-        if self.name_prefix and not name.lower().startswith(self.name_prefix.lower()):
+        if self.name_prefix and not _plain(name).startswith(_plain(self.name_prefix)):
             found.append(f"the licence {self.licence} asks for a name that begins with {self.name_prefix}: {name}")
         if self.needs_copy and not any(file.upper().startswith(("LICENSE", "LICENCE")) for file in files):
             found.append(f"the licence {self.licence} asks for a copy of itself, and there is no LICENSE file")
         return found
 
 
+def _plain(name: str) -> str:
+    """Without case and punctuation: repositories cannot be called `Llama 3`."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
 _LLAMA = ("Built with Llama.",)
 _RULES: Mapping[str, Terms] = {
     "llama2": Terms("llama2", None, (), needs_copy=True),
-    "llama3": Terms("llama3", "Meta-Llama-3", ("Built with Meta Llama 3.",), needs_copy=True),
+    "llama3": Terms("llama3", "Llama 3", ("Built with Meta Llama 3.",), needs_copy=True),
     "llama3.1": Terms("llama3.1", "Llama", _LLAMA, needs_copy=True),
     "llama3.2": Terms("llama3.2", "Llama", _LLAMA, needs_copy=True),
     "llama3.3": Terms("llama3.3", "Llama", _LLAMA, needs_copy=True),

@@ -8,7 +8,6 @@ Private things stay at home: no paths of the machine, no hidden files, and no pi
 """
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from ..console import Advance, ignore
 from ..errors import CircuitpressError
-from .card import Evidence, gather, hub_base, model_card, public_recipe
+from .card import Evidence, gather, hub_base, model_card, public_recipe, scrubbed
 from .licence import terms_of
 
 _REFUSED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
@@ -71,6 +70,8 @@ def prepare(
         raise CircuitpressError("\n".join(problems), hint="see circuitpress push --help")
     added: dict[str, Path | bytes] = {"README.md": model_card(evidence, repo, base=base, terms=terms).encode()}
     added |= _evidence_files(evidence, base)
+    if "export.json" in files:
+        added["export.json"] = _json(scrubbed(json.loads(files["export.json"].read_text())))
     warnings = [] if base else ["the card names no base model: add --base user/name"]
     warnings += [] if terms.licence else ["the licence of the original is unknown: add --licence ID"]
     return Upload(repo, revision, private, {**files, **added}, tuple(warnings))
@@ -90,6 +91,11 @@ def send(upload: Upload, *, advance: Advance = ignore) -> str:
     done = 0
     try:
         api.create_repo(upload.repo, private=upload.private, exist_ok=True)
+        if upload.private and not api.model_info(upload.repo).private:
+            raise CircuitpressError(
+                f"{upload.repo} is there already and public; nothing was sent",
+                hint="make it private in its settings on the Hub, or push to another name",
+            )
         if upload.revision:
             api.create_branch(upload.repo, branch=upload.revision, exist_ok=True)
         operations = []
@@ -113,17 +119,6 @@ def send(upload: Upload, *, advance: Advance = ignore) -> str:
             hint="the same command goes on: what has arrived is not sent again",
         ) from error
     return str(commit.commit_url)
-
-
-def scrubbed(document: Any) -> Any:
-    """A copy of a JSON document in which absolute paths are only file names."""
-    if isinstance(document, dict):
-        return {key: scrubbed(value) for key, value in document.items()}
-    if isinstance(document, list):
-        return [scrubbed(value) for value in document]
-    if isinstance(document, str) and re.match(r"(/|~/|[A-Za-z]:\\)[^\n]*$", document):
-        return re.split(r"[/\\]", document.rstrip("/\\"))[-1]
-    return document
 
 
 def _model_files(model: Path) -> dict[str, Path]:
@@ -165,15 +160,18 @@ def _evidence_files(evidence: Evidence, base: str | None) -> dict[str, bytes]:
     run = evidence.run
     if run is None:
         return {}
-    found: dict[str, Any] = {"recipe.yaml": public_recipe(run, base)}
+    found = {"recipe.yaml": public_recipe(run, base).encode()}
     for name in ("plan.json", "evaluate/fidelity.json", "evaluate/behaviors.json", "evaluate/tasks.json"):
         if (run.folder / name).is_file():
-            found[name] = json.dumps(scrubbed(json.loads((run.folder / name).read_text())), indent=1) + "\n"
-    found |= _leaderboard(evidence)
-    return {name: text.encode() for name, text in found.items()}
+            found[name] = _json(scrubbed(json.loads((run.folder / name).read_text())))
+    return found | _leaderboard(evidence)
 
 
-def _leaderboard(evidence: Evidence) -> dict[str, str]:
+def _json(document: Any) -> bytes:
+    return (json.dumps(document, indent=1) + "\n").encode()
+
+
+def _leaderboard(evidence: Evidence) -> dict[str, bytes]:
     """`.eval_results/NAME.yaml` for tasks whose data is a Hub dataset: the Hub shows those beside the model."""
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
@@ -189,10 +187,10 @@ def _leaderboard(evidence: Evidence) -> dict[str, str]:
     }
 
 
-def _yaml(document: Any) -> str:
+def _yaml(document: Any) -> bytes:
     import yaml
 
-    return yaml.safe_dump(document, sort_keys=False)
+    return yaml.safe_dump(document, sort_keys=False).encode()
 
 
 def _refusal(repo: str, status: int | None, error: Exception) -> str:

@@ -4,13 +4,12 @@ The first three become one number, the most bytes that the linear weights of the
 exact (fractions, then floor), so a plan that uses every byte of its budget is never one byte above it.
 """
 
-import re
 from dataclasses import dataclass
 from fractions import Fraction
 
 from ..errors import RecipeError
+from ..fields import BUDGET
 
-_BUDGET = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(bpw|%|[kMG]?B|[KMG]iB|[um]s@batch\d+)")
 _BYTES = {
     "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9,
     "KiB": 2**10, "MiB": 2**20, "GiB": 2**30,
@@ -28,7 +27,7 @@ class Budget:
     @classmethod
     def parse(cls, text: str) -> "Budget":
         """Reads `3.0bpw`, `40%`, `900MB`, `1.2GB` or `800MiB`; RecipeError for anything else and for zero."""
-        match = _BUDGET.fullmatch(text.strip())
+        match = BUDGET.fullmatch(text.strip())
         if match is None or Fraction(match[1]) <= 0:
             raise RecipeError(
                 [f"plan.budget: {text!r} is not a budget"],

@@ -28,8 +28,8 @@ from .tasks import compare_on_tasks, task_lines
 if TYPE_CHECKING:
     import torch
 
-    from ..evaluate.tasks import TaskSettings
-    from ..stream import Stream
+    import circuitpress.evaluate.tasks
+    import circuitpress.stream
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +145,10 @@ def measure_model(
     In a run folder, and with nothing else asked for, this is the run's own evaluation, which is kept there. Otherwise
     `reference` is needed, `text` defaults to the one that comes with circuitpress, and nothing is written.
     """
+    if baselines:
+        from ..evaluate.baselines import check_baselines
+
+        check_baselines(baselines)  # before anything is measured
     run = _run_of(model)
     if run is not None and not (reference or text or windows or length or baselines):
         with _resumed(run, console, device=device) as session:
@@ -159,7 +163,8 @@ def measure_model(
 
 
 def measure_tasks(
-    model: Path, console: Console, *, settings: "TaskSettings", reference: str | None = None, device: str | None = None,
+    model: Path, console: Console, *, settings: "circuitpress.evaluate.tasks.TaskSettings",
+    reference: str | None = None, device: str | None = None,
 ) -> Result:  # fmt: skip
     """A model folder and its original on tasks of lm-evaluation-harness; `reference` as in `measure_model`."""
     original = _original(model, reference)
@@ -202,7 +207,7 @@ def _measure(
 
 
 def _baselines(
-    names: Sequence[str], reference: "Stream", windows: "torch.Tensor", console: Console
+    names: Sequence[str], reference: "circuitpress.stream.Stream", windows: "torch.Tensor", console: Console
 ) -> dict[str, dict[str, Any]]:
     from ..evaluate.baselines import baseline
 

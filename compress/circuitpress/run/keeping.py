@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from ..console import Advance
 from ..errors import CircuitpressError, InfeasibleBudget, RecipeError
-from ..plan import Constraint, Problem, cap, solve, write_plan
+from ..plan import Constraint, Problem, TimeLimit, cap, solve, write_plan
 from ..plan.budget import Budget
 from ..units import Prices
 from .planning import block_prices, correction, on_offer, pose_problem, with_drops
@@ -280,6 +280,8 @@ def _search(
 
 def _takes(session: "circuitpress.run.session.Session", dense: Mapping[str, Level], advance: Advance) -> str | None:
     """The smallest of some larger budgets at which a plan keeps everything; None if none of them does."""
+    if TimeLimit.parse(session.recipe.plan.budget) is not None:
+        return None  # more bytes are no more time
     numel = session.prices.linear_numel
     bits = 8 * Budget.parse(session.recipe.plan.budget).linear_bytes(numel, session.anatomy.other_bytes) / numel
     larger = (f"{bits * factor:.2f}bpw" for factor in LARGER)

@@ -38,7 +38,7 @@ from .pruning import prune_model
 from .session import Session
 from .sparing import feature_hessians
 from .swapping import swap
-from .tasks import asked_by, compare_on_tasks
+from .tasks import asked_by, compare_on_tasks, refuse_tasks
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,8 @@ def execute(session: Session, names: Sequence[str]) -> None:
 
 
 def _check(session: Session) -> None:
-    # A text or behavior that cannot be read says so here, before anything is computed.
+    # A text, behavior or task that cannot be read says so here, before anything is computed.
+    refuse_tasks(session.recipe, session.checkpoint)
     log.info("%d windows of text, %d behaviors", sum(len(w.ids) for w in session.windows), len(session.kept))
     session.write("anatomy.json", session.original_anatomy.to_json())
 

@@ -9,10 +9,10 @@ from ..errors import RecipeError
 from ..recipe import Recipe
 
 if TYPE_CHECKING:
-    from ..evaluate.tasks import TaskRun, TaskSettings
+    import circuitpress.evaluate.tasks
 
 
-def asked_by(recipe: Recipe) -> "TaskSettings":
+def asked_by(recipe: Recipe) -> "circuitpress.evaluate.tasks.TaskSettings":
     """What a recipe asks of the harness."""
     from ..evaluate.tasks import TaskSettings
 
@@ -24,7 +24,7 @@ def asked_by(recipe: Recipe) -> "TaskSettings":
 
 
 def compare_on_tasks(
-    model: Path, reference: Path, settings: "TaskSettings", *, device: str, console: Console
+    model: Path, reference: Path, settings: "circuitpress.evaluate.tasks.TaskSettings", *, device: str, console: Console
 ) -> dict[str, Any]:
     """Both models on the same documents: a document with a row for every task and metric.
 
@@ -32,11 +32,10 @@ def compare_on_tasks(
     """
     from ..evaluate.tasks import compare_runs, mean_recovery, run_tasks
 
-    if settings.chat_template and _template(reference) is None:
-        raise RecipeError([f"{reference} has no chat template"], hint="leave --chat-template out")
+    _require_template(settings, reference)
     # The harness prints; the display keeps the stream that it has now.
     console = replace(console, err=console.stream)
-    runs: list[TaskRun] = []
+    runs = []
     for name, folder in (("reference", reference), ("model", model)):
         with console.progress(f"tasks, {name}") as advance:
             runs.append(run_tasks(folder, settings, device=device, advance=advance))
@@ -66,7 +65,17 @@ def task_lines(document: dict[str, Any]) -> list[str]:
     return result
 
 
-def _template(folder: Path) -> str | None:
+def refuse_tasks(recipe: Recipe, reference: Path) -> None:
+    """Raises what the tasks of a recipe would raise after hours: names, data files, a missing chat template."""
+    if recipe.evaluate.tasks:
+        from ..evaluate.tasks import check_tasks
+
+        _require_template(asked_by(recipe), reference)
+        check_tasks(asked_by(recipe))
+
+
+def _require_template(settings: "circuitpress.evaluate.tasks.TaskSettings", folder: Path) -> None:
     from .session import load_tokenizer
 
-    return getattr(load_tokenizer(folder), "chat_template", None)
+    if settings.chat_template and getattr(load_tokenizer(folder), "chat_template", None) is None:
+        raise RecipeError([f"{folder} has no chat template"], hint="leave --chat-template out")
