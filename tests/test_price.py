@@ -107,6 +107,24 @@ def test_prices_are_those_of_the_formula(
         assert prices.neuron_order == {}
 
 
+@pytest.mark.parametrize("room", [pricing.KEPT_FLOWS, 0], ids=["kept", "pulled again"])
+def test_changes_are_priced_on_whole_micro_batches_up_to_a_limit(
+    room: int, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hessians and scores of units still take all tokens."""
+    monkeypatch.setattr(pricing, "PRICED_TOKENS", 26)
+    monkeypatch.setattr(pricing, "KEPT_FLOWS", room)
+    recorder = Recorder()
+    recorder.install(monkeypatch)
+    ids = tokens(5, 9)
+    scores, prices = price(open_stream(tiny_llama, batch_tokens=18), ids, formats=FORMATS, seed=2, folder=tmp_path)
+    model = load(tiny_llama)
+    brute = brute_force(model, ids, prices, recorder, draws=1, seed=2)
+    assert_close(prices.nats, brute.token[:2].mean(0))
+    assert_close(prices.nats_sequence, brute.sequence[:2].mean(0))
+    check_scores(model, ids, scores, draws=1)
+
+
 def check_scores(model: Any, ids: Tensor, scores: Scores, *, draws: int) -> None:
     """1/2 mean_t (g_t . dY_t)^2 for closing single units of block 1, their spread, and the order of the units."""
     with torch.no_grad():
@@ -279,7 +297,7 @@ def test_finished_blocks_are_not_rounded_again(
         advance=lambda n, note: notes.append((n, note)),
     )
     assert len(recorder.calls) == 7
-    assert sum(n for n, _ in notes) == 3.0  # as many as there are blocks, in halves
+    assert sum(n for n, _ in notes) == 3.0  # as many as there are blocks, in parts
     recorder.calls.clear()
     collect(open_stream(tiny_llama), tmp_path, ["int4g16"], "matrix")
     assert recorder.calls == []

@@ -42,7 +42,7 @@ from .store import Store
 from .stream import Stream
 from .units import OUTER, Group, Prices
 
-MOST_TOKENS = 1 << 14
+MOST_TOKENS = 1 << 13
 """Tokens that lm_head is priced on: beyond that, a large vocabulary would cost as much as the blocks."""
 
 _STRIPE = 1 << 13

@@ -161,6 +161,14 @@ class Stream:
         return tensor.to(self.device, self.dtype)
 
 
+def has_fast_bfloat16(device: str) -> bool:
+    """Whether `device` multiplies bfloat16 twice as fast as float32, or faster: GPUs, CPUs with AMX or AVX512_BF16."""
+    if not device.startswith("cpu"):
+        return True
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.13; before, float32 is always right
+    return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
+
+
 def open_stream(
     folder: Path,
     *,

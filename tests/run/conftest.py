@@ -24,6 +24,8 @@ SETTINGS = {
     "plan.swaps": 12,
     "score.exact": 0.05,
     "run.device": "cpu",
+    # Runs are to be the same on machines with and without fast bfloat16.
+    "run.dtype": "float32",
 }
 WORK = ("price.price", "probe.exact", "probe.probe", "score.variants.measure_windows", "apply.apply")
 WORK += ("evaluate.fidelity",)

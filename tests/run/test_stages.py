@@ -12,6 +12,7 @@ from circuitpress.errors import CheckpointError, CircuitpressError, QualityGateM
 from circuitpress.recipe import Recipe
 from circuitpress.run import check_gates, measure_model, run_recipe, stages
 from circuitpress.run.folder import clear, open_folder
+from circuitpress.run.session import Session
 
 MakeRecipe = Callable[..., Recipe]
 Digests = Callable[[Path], dict[str, str]]
@@ -221,3 +222,19 @@ def test_tasks_of_a_recipe_are_run_on_both_models_and_gated(
             check_gates(recipe, document)
     plain = measure_model(tmp_path / "run" / "model", console, windows=2, length=16, baselines=["nf4"])[1]
     assert 4 < plain["baselines"]["nf4"]["bits_per_weight"] < 6.5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fast", "expected"),
+    [("auto", True, "bfloat16"), ("auto", False, "float32"), ("float32", True, "float32")],
+)
+def test_gradients_are_taken_in_bfloat16_where_that_is_fast(
+    dtype: str, fast: bool, expected: str, make_recipe: MakeRecipe, tiny_llama: Path, text_file: Path, tmp_path: Path,
+    console: Console, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What is measured stays in float32."""
+    monkeypatch.setattr("circuitpress.stream.has_fast_bfloat16", lambda device: fast)
+    recipe = make_recipe(tiny_llama, text_file, **{"run.dtype": dtype})
+    with open_folder(tmp_path / "run", create=True) as folder:
+        session = Session(folder, recipe, console)
+        assert (str(session.scoring.dtype), str(session.stream.dtype)) == (f"torch.{expected}", "torch.float32")

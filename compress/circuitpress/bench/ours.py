@@ -18,7 +18,7 @@ from ..console import Advance, Console, ignore
 from ..errors import CircuitpressError
 from ..files import write_bytes_atomic
 from ..recipe import Recipe
-from ..run import prepare, replan, run_recipe, score_model
+from ..run import make_model, prepare, replan, run_recipe, score_model
 from ..units import Plan
 from .jobs import Outcome
 
@@ -83,7 +83,8 @@ def _run(recipe: Recipe, scored: Path, before: "_Clock", bits: float, work: Path
     try:
         with clock:
             replan(folder, console, budget=budget, target=None, protect=(), front=False)
-            run_recipe(recipe.replace({"plan.budget": budget}), folder, console)
+            make_model(recipe.replace({"plan.budget": budget}), folder, console)
+        run_recipe(recipe.replace({"plan.budget": budget}), folder, console)  # judging it: no part of the peers' work
     except CircuitpressError as error:
         return replace(blank, error=error.message)
     anatomy = read_anatomy(folder / "model", packed_ok=True)

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 Result = tuple[str, dict[str, Any]]
 SCORING = NAMES[: NAMES.index("plan")]
+MAKING = NAMES[: NAMES.index("evaluate")]
 
 
 def run_recipe(recipe: Recipe, out: Path, console: Console, *, restart: bool = False) -> Result:
@@ -45,6 +46,12 @@ def run_recipe(recipe: Recipe, out: Path, console: Console, *, restart: bool = F
         execute(session, NAMES)
         document = summarize(session.folder, recipe.model)
     return render_run(document), document
+
+
+def make_model(recipe: Recipe, out: Path, console: Console) -> None:
+    """The stages up to the finished model, without those that judge and show it."""
+    with _claimed(recipe, out, console, restart=False) as session:
+        execute(session, MAKING)
 
 
 def prepare(recipe: Recipe, out: Path, console: Console) -> None:

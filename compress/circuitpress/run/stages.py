@@ -89,7 +89,7 @@ def _score(session: Session) -> None:
     beside = [*price_hessians(session), *feature_hessians(session)]
     with session.console.progress("score", len(session.anatomy.blocks)) as advance:
         scores, prices = price(
-            session.stream, calibration.ids, formats=formats, granularity=recipe.plan.granularity,
+            session.scoring, calibration.ids, formats=formats, granularity=recipe.plan.granularity,
             draws=recipe.score.draws, seed=recipe.data.seed, folder=session.path / "pricing",
             outer=session.outer_menu(), beside=beside, advance=advance,
         )  # fmt: skip

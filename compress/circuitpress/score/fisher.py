@@ -138,4 +138,11 @@ def add_second_moment(total: Tensor, x: Tensor, weight: Tensor) -> None:
     """Adds sum_t weight_t x_t x_t^T to `total` float32 [cols, cols]; x is [tokens, cols]."""
     # In float32 whatever the compute type: products rounded to bfloat16 make a Hessian that is not positive definite.
     scaled = x.float() * weight.sqrt()[:, None]
-    total.addmm_(scaled.T, scaled)
+    # The upper triangle in four strips, then its mirror: 5/8 of the work of the whole square. More strips are narrower,
+    # and run at a lower rate.
+    width = max(64, -(-len(total) // 4))
+    for start in range(0, len(total), width):
+        stop = min(start + width, len(total))
+        strip = total[start:stop, start:]
+        strip.addmm_(scaled[:, start:stop].T, scaled[:, start:])
+        total[stop:, start:stop] = strip[:, stop - start :].T
