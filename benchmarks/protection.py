@@ -2,8 +2,14 @@
 
 On four trained two-layer models (tests/data/ioi) every matrix of the blocks is rounded with one symmetric scale a
 tensor: its largest weight for 2 bits, that of ternary weight networks for ternary. That is harsh enough to break the
-behavior. The last MLP, all keys and values (heads share them) and k heads stay as they are; a head is then its rows of
-q and its columns of o, so k heads are the same bytes whichever they are. What differs is who chooses them:
+behavior. The last MLP and k heads stay as they are, in one of two settings:
+
+- shared: all keys and values stay too, since heads share them; a head is its rows of q and its columns of o, so k heads
+  are the same bytes whichever they are
+- whole: keys and values are rounded; a head is that and its group's rows of k and v, so one head is the same bytes
+  whichever it is (two might share a group), and without a head nothing stays, the last MLP neither
+
+What differs is who chooses them:
 
 - exact_greedy: the head that helps most beside those already chosen, measured in the rounded model
 - exact_rounding: the loss measured when this head's weights alone are rounded, everything else being dense
@@ -24,9 +30,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -49,10 +55,22 @@ from lab.ioi import behavior
 CHECKPOINTS = Path(__file__).parent.parent / "tests" / "data" / "ioi"
 SEEDS = (0, 1, 2, 3)
 BITS = {"2-bit": 2.0, "ternary": float(np.log2(3))}
-MOST = 3
-"""Heads that are protected at most."""
+MOST = {"shared": 3, "whole": 1}
+"""Settings, and how many heads are protected at most."""
 
 Heads = tuple[UnitId, ...]
+
+
+class Case(NamedTuple):
+    """What is rounded, and how."""
+
+    setting: str
+    grid: str
+
+    @property
+    def sizes(self) -> range:
+        """How many heads are protected."""
+        return range(1, MOST[self.setting] + 1)
 
 
 @click.command()
@@ -67,29 +85,31 @@ def main(pairs: int, draws: int, out: Path) -> None:
     rows: list[dict[str, Any]] = []
     for seed in SEEDS:
         stream = open_stream(CHECKPOINTS / f"seed-{seed}")
-        for grid in BITS:
-            rows += compare(stream, grid, samples, test_pairs, {"checkpoint": "ioi", "seed": seed, "grid": grid})
+        for setting in MOST:
+            for grid in BITS:
+                about = {"checkpoint": "ioi", "seed": seed, "setting": setting, "grid": grid}
+                rows += compare(stream, Case(setting, grid), samples, test_pairs, about)
     save_results(out, rows)
     sys.stderr.write(summary(rows))
 
 
 def compare(
-    stream: Stream, grid: str, samples: Sequence[Behavior], test_pairs: Behavior, about: Mapping[str, Any]
+    stream: Stream, case: Case, samples: Sequence[Behavior], test_pairs: Behavior, about: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """The rows of one model and grid."""
     heads = tuple(unit for unit in stream.anatomy.units() if unit.kind == "head")
-    sets = {"none": (), **{name(chosen): chosen for k in range(1, MOST + 1) for chosen in combinations(heads, k)}}
-    dense, metric = measure(stream, test_pairs, grid, sets)
-    _, kl = measure(stream, replace(test_pairs, metric="kl"), grid, sets)
-    orders = [rankings(stream, pairs, grid, heads) for pairs in samples]
-    chosen = {("none", 0): [()]} | {("random", k): list(combinations(heads, k)) for k in range(1, MOST + 1)}
+    sets = {"none": (), **{name(chosen): chosen for k in case.sizes for chosen in combinations(heads, k)}}
+    dense, metric = measure(stream, test_pairs, case, sets)
+    _, kl = measure(stream, replace(test_pairs, metric="kl"), case, sets)
+    orders = [rankings(stream, pairs, case, heads) for pairs in samples]
+    chosen = {("none", 0): [()]} | {("random", k): list(combinations(heads, k)) for k in case.sizes}
     chosen |= {
-        (ranking, k): [order[ranking][:k] for order in orders] for ranking in orders[0] for k in range(1, MOST + 1)
+        (ranking, k): [order[ranking][:k] for order in orders] for ranking in orders[0] for k in case.sizes
     }
     return [
         {
             **about, "behavior": "ioi", "ranking": ranking, "heads": k,
-            "bits_per_weight": bits(stream, grid, k), "metric": "logit_diff", "dense": dense,
+            "bits_per_weight": bits(stream, case, k), "metric": "logit_diff", "dense": dense,
             "compressed": float(np.mean([metric[name(units)] for units in choices])),
             "kl": float(np.mean([-kl[name(units)] for units in choices])),
             "chosen": sorted({name(units) for units in choices}) if ranking != "random" else ["all"],
@@ -98,12 +118,12 @@ def compare(
     ]  # fmt: skip
 
 
-def rankings(stream: Stream, pairs: Behavior, grid: str, heads: Heads) -> dict[str, Heads]:
+def rankings(stream: Stream, pairs: Behavior, case: Case, heads: Heads) -> dict[str, Heads]:
     """Heads in the order in which each ranking would protect them."""
     alone = {name((head,)): (head,) for head in heads}
-    dense, rounded = measure(stream, pairs, grid, alone, only=True)
+    dense, rounded = measure(stream, pairs, case, alone, only=True)
     return {
-        "exact_greedy": greedy(stream, pairs, grid, heads),
+        "exact_greedy": greedy(stream, pairs, case, heads),
         "exact_rounding": ordered(heads, [dense - rounded[name((head,))] for head in heads]),
         "exact_patching": by_effect(patch(stream, pairs, heads), heads),
         "integrated_gradients": by_effect(integrated_gradients(stream, pairs), heads),
@@ -112,12 +132,12 @@ def rankings(stream: Stream, pairs: Behavior, grid: str, heads: Heads) -> dict[s
     }
 
 
-def greedy(stream: Stream, pairs: Behavior, grid: str, heads: Heads) -> Heads:
-    """Heads in the order in which each adds most to those before it, up to MOST of them."""
+def greedy(stream: Stream, pairs: Behavior, case: Case, heads: Heads) -> Heads:
+    """Heads in the order in which each adds most to those before it, as many as the setting takes."""
     chosen: Heads = ()
-    for _ in range(MOST):
+    for _ in case.sizes:
         options = {name((*chosen, head)): (*chosen, head) for head in heads if head not in chosen}
-        _, metric = measure(stream, pairs, grid, options)
+        _, metric = measure(stream, pairs, case, options)
         chosen = options[max(options, key=lambda label: metric[label])]
     return chosen
 
@@ -147,7 +167,7 @@ def magnitudes(stream: Stream, heads: Heads) -> list[float]:
 
 
 def measure(
-    stream: Stream, pairs: Behavior, grid: str, sets: Mapping[str, Heads], *, only: bool = False
+    stream: Stream, pairs: Behavior, case: Case, sets: Mapping[str, Heads], *, only: bool = False
 ) -> tuple[float, dict[str, float]]:
     """The mean metric of the dense model, and with each set of heads kept while all else is rounded.
 
@@ -157,15 +177,18 @@ def measure(
     def edits(index: int, module: nn.Module, inputs: Inputs) -> dict[str, Edit]:  # noqa: ARG001
         place = stream.anatomy.blocks[index]
         weights = {matrix.role: weight_of(module, place, matrix) for matrix in place.matrices}
-        rounded = {role: round_tensor(weight, grid) for role, weight in weights.items()}
+        rounded = {role: round_tensor(weight, case.grid) for role, weight in weights.items()}
         found = {}
         for label, heads in sets.items():
             mine = mask(place, heads)
             changed: dict[str, Tensor] = {}
             for role, weight in weights.items():
-                owned = mine[:, None] if role == "q" else mine[None, :] if role == "o" else torch.zeros(1, 1).bool()
-                shared = role in "kv" or (role in ("gate", "up", "down") and index == stream.depth - 1)
-                kept = ~owned if only else owned | shared
+                owned = {"q": mine[:, None], "o": mine[None, :]}.get(role, torch.zeros(1, 1, dtype=torch.bool))
+                if case.setting == "whole" and role in "kv":
+                    owned = mine.view(place.kv_heads, -1, place.head_dim).any(1).flatten()[:, None]
+                mlp = role in ("gate", "up", "down") and index == stream.depth - 1
+                stays = mlp and bool(heads) if case.setting == "whole" else mlp or role in "kv"
+                kept = ~owned if only else owned | stays
                 changed[place.local(place.role(role))] = torch.where(kept, weight, rounded[role])
             found[label] = weight_edit(module, changed)
         return found
@@ -202,15 +225,19 @@ def round_tensor(weight: Tensor, grid: str) -> Tensor:
     return weight.sign() * above * weight.abs()[above].mean()
 
 
-def bits(stream: Stream, grid: str, k: int) -> float:
+def bits(stream: Stream, case: Case, k: int) -> float:
     """Bits per weight of the blocks: what is kept has 16."""
     place = stream.anatomy.blocks[-1]
-    mlp = sum(matrix.numel for matrix in place.matrices if matrix.role in ("gate", "up", "down"))
-    shared = mlp + sum(m.numel for block in stream.anatomy.blocks for m in block.matrices if m.role in "kv")
-    kept = shared + k * 2 * place.head_dim * stream.anatomy.hidden
+    kept = sum(matrix.numel for matrix in place.matrices if matrix.role in ("gate", "up", "down"))
+    head = 2 * place.head_dim * stream.anatomy.hidden
+    if case.setting == "shared":
+        kept += sum(m.numel for block in stream.anatomy.blocks for m in block.matrices if m.role in "kv")
+        kept += k * head
+    else:
+        kept = (kept + 2 * head) * k  # and as much again for its group's keys and values
     scales = 16 * sum(len(block.matrices) for block in stream.anatomy.blocks)
     total = stream.anatomy.linear_numel
-    return (16 * kept + BITS[grid] * (total - kept) + scales) / total
+    return (16 * kept + BITS[case.grid] * (total - kept) + scales) / total
 
 
 def name(heads: Heads) -> str:
@@ -221,9 +248,9 @@ def name(heads: Heads) -> str:
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """Means over seeds, as a table."""
     lines = []
-    for grid in BITS:
-        mine = [row for row in rows if row["grid"] == grid]
-        lines.append(f"{grid}: dense {np.mean([row['dense'] for row in mine]):.1f}")
+    for setting, grid in product(MOST, BITS):
+        mine = [row for row in rows if (row["setting"], row["grid"]) == (setting, grid)]
+        lines.append(f"{setting}, {grid}: dense {np.mean([row['dense'] for row in mine]):.1f}")
         for ranking in dict.fromkeys(row["ranking"] for row in mine):
             by_k: dict[int, list[float]] = {}
             for row in mine:
