@@ -6,9 +6,12 @@ For each checkpoint, at 2.5, 3 and 4 bits per weight, KL on test text of plans t
 |---|---|
 | full | none: every format on offer, polish, Fisher-weighted Hessians; the plan of the solver |
 | with swaps | the plan improved by measured swaps |
+| with correction | rounded for the inputs behind the rounded prefix (`quantize.correct`) |
 | with refinement | codes, scales and norms of the full plan learned together afterwards (`refine`) |
+| with correction and refinement | both |
 | no trellis, no codebooks, no outliers, no small scales | these formats are not on offer |
 | no mixed bits | one format for all matrices: the best of those that fit |
+| no trellis, no codebooks, with correction | integers alone, rounded so |
 | no Fisher weighting | H = E[x x^T] for rounding; prices as they are |
 | no polish | codes as the first pass chose them |
 | no rotation | trellis formats without their rotation |
@@ -42,7 +45,7 @@ from circuitpress.data import load_windows
 from circuitpress.evaluate import fidelity
 from circuitpress.plan import improve, pose, solve, write_plan
 from circuitpress.price import price
-from circuitpress.probe import plan_edits
+from circuitpress.probe import corrected_edits, plan_edits
 from circuitpress.refine import continuations, refine, write_refined
 from circuitpress.score.variants import measure_windows
 from circuitpress.stream import Stream, open_stream
@@ -81,13 +84,14 @@ def _without(*names: str) -> tuple[str, ...]:
     return tuple(name for name in FULL if name not in names)
 
 
+INTEGERS = Case("no trellis, no codebooks", _without(*TRELLIS, *BOOKS))
 CASES = (
     Case("full"),
     Case("no trellis", _without(*TRELLIS)),
     Case("no codebooks", _without(*BOOKS)),
     Case("no outliers", _without(*OUTLIERS)),
     Case("no small scales", _without(*SMALL, *OUTLIERS)),
-    Case("no trellis, no codebooks", _without(*TRELLIS, *BOOKS)),
+    INTEGERS,
     Case("no mixed bits", mixed=False),
     Case("no Fisher weighting", fisher=False),
     Case("no polish", polish=False),
@@ -162,9 +166,11 @@ def _rows(bench: Bench, steps: int) -> Iterator[Row]:
             measured = _measure(bench, alike[0], {f"{label} {bits}": plan for (label, bits), plan in plans.items()})
         for (label, bits), plan in plans.items():
             yield _row(label, bits, plan, measured[f"{label} {bits}"])
+    yield from _corrected(bench)
     for bits in BUDGETS:
         yield _swapped(bench, bits)
-        yield _refined(bench, bits, steps)
+        for correct in (False, True):
+            yield _refined(bench, bits, steps, correct=correct)
 
 
 def _row(label: str, bits: float, plan: Plan, kl: NDArray[np.float64]) -> Row:
@@ -242,21 +248,36 @@ def _swapped(bench: Bench, bits: float) -> Row:
     return _row("with swaps", bits, found, _measure(bench, CASES[0], {"plan": found})["plan"])
 
 
-def _refined(bench: Bench, bits: float, steps: int) -> Row:
+def _corrected(bench: Bench) -> Iterator[Row]:
+    cases = {"with correction": CASES[0], "no trellis, no codebooks, with correction": INTEGERS}
+    plans = {
+        (label, bits): plan for label, case in cases.items() for bits in BUDGETS if (plan := _plan(bench, case, bits))
+    }
+    with corrected_edits(
+        bench.stream, {f"{label} {bits}": plan.decisions for (label, bits), plan in plans.items()},
+        calibration=bench.calibration, saliency=bench.work / "pricing", orders={},
+    ) as edits:  # fmt: skip
+        measured = measure_windows(bench.stream, bench.test, edits, context=bench.calibration)
+    for (label, bits), plan in plans.items():
+        yield _row(label, bits, plan, measured[f"{label} {bits}"])
+
+
+def _refined(bench: Bench, bits: float, steps: int, *, correct: bool) -> Row:
     plan = _plan(bench, CASES[0], bits)
     assert plan is not None
     model, source = bench.work / "model", bench.stream.anatomy.folder
     shutil.rmtree(model, ignore_errors=True)
     apply(
-        bench.stream, plan, bench.calibration, saliency=bench.work / "pricing", shards=bench.work / "shards", out=model
-    )
+        bench.stream, plan, bench.calibration, saliency=bench.work / "pricing", shards=bench.work / "shards", out=model,
+        correct=correct,
+    )  # fmt: skip
     own = continuations(source, bench.calibration, count=2 * len(bench.calibration))
     windows = torch.cat([bench.calibration, own])
     result = refine(model, bench.stream, windows, bench.held_out, steps=steps)
     write_refined(model, result.tensors, result.to_json())
     found = fidelity(open_stream(model), bench.stream, bench.test).divergence
     return {
-        "method": "with refinement",
+        "method": "with correction and refinement" if correct else "with refinement",
         "budget": f"{bits}bpw",
         "bits_per_weight": plan.bits_per_weight,
         "kl": found.kl,

@@ -56,7 +56,7 @@ def test_help_is_fast_and_loads_no_torch() -> None:
     looks = ["circuit find", "circuit verify", "inspect"]
     looks += ["sae explain", "sae features", "sae labels", "sae score", "sae steer", "sae train"]
     compares = ["audit", "bench kernels", "bench quality", "diff", "eval", "lm-eval", "monitor check", "monitor fit"]
-    steps = ["apply", "check", "export", "plan", "push", "report", "run", "score"]
+    steps = ["apply", "cache", "check", "export", "plan", "push", "report", "run", "score"]
     assert sorted(looks + compares + steps) == COMMANDS
     assert all(f"\n  {name} " in done.stdout for name in cli.commands)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from circuitpress.console import Console, ignore, log, log_to, size, table
+from circuitpress.console import Console, Work, duration, ignore, log, log_to, size, table
 
 
 class Terminal(io.StringIO):
@@ -42,14 +42,54 @@ def test_thirds_add_up_to_whole_blocks() -> None:
     assert len(err.getvalue().splitlines()) == 7
 
 
-def test_a_bar_on_a_terminal() -> None:
+@pytest.mark.parametrize("total", [3, (10, 20, 70)])
+def test_a_bar_on_a_terminal(total: float | tuple[float, ...]) -> None:
     console, err, out = streams(terminal=True)
-    with console.progress("apply", 3) as advance:
+    with console.progress("apply", total) as advance:
         advance(1, "block 0")
         advance(2, "block 2")
     assert "apply" in err.getvalue()
     assert "3/3" in err.getvalue()
     assert not out.getvalue()
+
+
+def test_time_left_goes_by_the_work_of_blocks() -> None:
+    work = Work((10, 20, 70))
+    assert work.left(5.0) is None and work.count() == "0/3"
+    work.add(1)
+    assert work.left(1.0) == pytest.approx(9.0)  # by blocks it would be 2
+    work.add(0.5)
+    assert (work.count(), work.done) == ("1/3", 20.0)
+    assert work.left(2.0) == pytest.approx(8.0)
+    work.add(1.5)
+    assert (work.count(), work.done, work.left(9.0)) == ("3/3", 100.0, None)
+    work.add(1)  # one more than was announced
+    assert (work.count(), work.done) == ("4/3", 100.0)
+    alike, unknown = Work(4), Work(None)
+    for one in (alike, unknown):
+        one.add(1)
+    assert (alike.left(2.0), unknown.left(2.0)) == (6.0, None)
+    assert (alike.count(), unknown.count()) == ("1/4", "1")
+
+
+def test_lines_tell_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((0.0, 3.0, 12.0, 12.0))
+    monkeypatch.setattr("circuitpress.console.time.monotonic", lambda: next(clock))
+    console, err, _ = streams()
+    with console.progress("export", (30, 90)) as advance:
+        advance(1, "embedding")
+        advance(1, "block 0")
+    assert err.getvalue().splitlines() == [
+        "export    1/2  3.0 s, 9 s left  embedding",
+        "export    2/2  12.0 s  block 0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "0 s"), (99.4, "99 s"), (99.6, "2 min"), (5960, "99 min"), (11100, "3 h 05")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -98,6 +98,11 @@ class Anatomy:
         return sum(matrix.numel for block in self.blocks for matrix in block.matrices)
 
     @property
+    def work(self) -> tuple[int, ...]:
+        """Linear weights of each block, by which the time of a walk goes."""
+        return tuple(sum(matrix.numel for matrix in block.matrices) for block in self.blocks)
+
+    @property
     def bits_per_weight(self) -> float:
         """8 x linear_bytes / linear_numel."""
         return 8 * self.linear_bytes / self.linear_numel

@@ -1,9 +1,9 @@
 """Writes the compressed model: one forward walk, one atomic shard a block, then one rename.
 
-1. For every block: rebuild the Hessians (rounding.py), quantize by plan, pack, and write the block's tensors as one
-   shard, in a folder named by the digest of the plan. A rerun keeps the shards of its plan and only walks through their
-   blocks; those of other plans are removed.
-2. Everything outside the blocks becomes the first shard: embedding and lm_head as the plan says, the rest unchanged.
+1. Everything outside the blocks becomes the first shard: embedding and lm_head as the plan says, the rest unchanged.
+2. For every block: rebuild the Hessians (rounding.py) or measure them behind the rounded prefix (prefix.py), quantize
+   by plan, pack, and write the block's tensors as one shard, in a folder named by the digest of the plan. A rerun keeps
+   the shards of its plan and only walks through their blocks; those of other plans are removed.
 3. Shards, index, config and tokenizer are collected in a partial folder that is renamed when it is whole.
 
 Equal inputs give equal bytes: nothing in a shard depends on time, on the machine's name or on how often it was resumed.
@@ -12,12 +12,12 @@ Equal inputs give equal bytes: nothing in a shard depends on time, on the machin
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .anatomy import Block, Matrix, family_of
@@ -26,8 +26,9 @@ from .checkpoint import METHOD, Headers, Weights, read_headers
 from .console import Advance, ignore
 from .errors import CircuitpressError
 from .files import write_bytes_atomic
-from .formats import CastFormat, Format, pack_segments, parse
+from .formats import CastFormat, Format, decode_segments, pack_segments, parse
 from .outer import load_hessian, round_outer
+from .prefix import Beside, Prefix
 from .price import permute_neurons
 from .quantize import Quantized
 from .rounding import block_hessians, context, round_block, segments_by_module
@@ -40,17 +41,18 @@ VERSION = 1
 
 def apply(
     stream: Stream, plan: Plan, windows: Tensor, *, saliency: Path, shards: Path, out: Path, polish: bool = True,
-    advance: Advance = ignore,
+    correct: bool = False, beside: Beside = (), advance: Advance = ignore,
 ) -> None:  # fmt: skip
     """Writes the model of `plan` to the folder `out`.
 
     `windows` are the calibration tokens that were priced, `saliency` the folder of the price shards, `shards` the place
-    for the blocks that are already done. `polish` improves codes after rounding (`quantize/polish.py`). Raises
+    for the blocks that are already done. `polish` improves codes after rounding (`quantize/polish.py`), `correct`
+    rounds for the inputs behind the model's own rounded prefix (`prefix.py`, which says what `beside` is). Raises
     CircuitpressError when a file cannot be written.
     """
-    shards = _shard_folder(shards, plan, polish=polish)
+    shards = _shard_folder(shards, plan, polish=polish, correct=correct)
     layout = segments_by_module(plan.decisions)
-    batches = stream.batches(context(windows, saliency))
+    batches = stream.batches(windows if correct else context(windows, saliency))
     headers = read_headers(stream.anatomy.folder)
     family = family_of(headers.config)
     weights = Weights(headers, family.prefix)
@@ -58,22 +60,38 @@ def apply(
     for block in stream.anatomy.blocks:
         modules |= _descriptors(block.matrices, layout)
 
+    _write_outer(headers, stream, plan, saliency, shards)
+    store, states = stream.store("apply"), stream.store("prefix")
+    prefix = None
+    if correct:
+        with stream.outer(_decoded(_shard(shards, None), stream.anatomy.outer, modules)):
+            prefix = Prefix(stream, batches, states, saliency, beside)
+
     def visit(index: int, module: nn.Module, inputs: Callable[[int], Tensor]) -> None:
-        path = _shard(shards, index)
+        path, place = _shard(shards, index), stream.anatomy.blocks[index]
+        order = torch.tensor(plan.neuron_order[index]) if index in plan.neuron_order else None
         if not path.exists():
-            place = stream.anatomy.blocks[index]
-            order = torch.tensor(plan.neuron_order[index]) if index in plan.neuron_order else None
-            hessians = block_hessians(stream, module, place, inputs, len(batches), saliency)
-            rounded = round_block(module, place, layout, hessians, order, polish=polish)
+            if prefix is not None:
+                rounded = prefix.round(module, place, inputs, layout, order, polish=polish)
+            else:
+                hessians = block_hessians(stream, module, place, inputs, len(batches), saliency)
+                rounded = round_block(module, place, layout, hessians, order, polish=polish)
             tensors = _block_tensors(weights, headers, place, rounded, modules, order)
             write_bytes_atomic(path, save(tensors, metadata=METADATA))
+        if prefix is not None:
+            found = _decoded(path, place.matrices, modules)
+            back = None if order is None else torch.argsort(order)
+            inside = {
+                m: found[m.module] if back is None else permute_neurons(m.role, found[m.module], back)
+                for m in place.matrices
+            }
+            prefix.follow(module, place, {place.local(m): weight.to(stream.device) for m, weight in inside.items()})
 
-    store = stream.store("apply")
     try:
         forward(stream, batches, store, visit=visit, advance=advance)
     finally:
         store.clear()
-    _write_outer(headers, stream, plan, saliency, shards)
+        states.clear()
     _collect(headers, stream, modules, shards, out)
 
 
@@ -81,9 +99,25 @@ def _shard(shards: Path, index: int | None) -> Path:
     return shards / ("outer.safetensors" if index is None else f"block-{index:05d}.safetensors")
 
 
-def _shard_folder(shards: Path, plan: Plan, *, polish: bool) -> Path:
+def _decoded(shard: Path, matrices: Sequence[Matrix], modules: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights [rows, cols], as they will be, of those of `matrices` that a shard holds, by module name."""
+    found = {}
+    tensors = load_file(shard)
+    for matrix in matrices:
+        if (entry := modules.get(matrix.module)) is not None:
+            packed = {
+                name.rpartition(".")[2]: t for name, t in tensors.items() if name.rpartition(".")[0] == matrix.module
+            }
+            packed.pop("bias", None)
+            found[matrix.module] = decode_segments(packed, entry["shape"], entry["axis"], entry["segments"])
+        elif (weight := tensors.get(f"{matrix.module}.weight")) is not None:
+            found[matrix.module] = weight.T if matrix.transposed else weight
+    return found
+
+
+def _shard_folder(shards: Path, plan: Plan, *, polish: bool, correct: bool) -> Path:
     """The folder for this plan's shards; the others' are removed."""
-    content = json.dumps(plan.to_json() | {"polish": polish}, sort_keys=True)
+    content = json.dumps(plan.to_json() | {"polish": polish, "correct": correct}, sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()[:16]
     for other in shards.glob("*"):
         if other.name != digest:

@@ -15,6 +15,7 @@ import click
 
 from . import __version__
 from .auditing import audit, monitor
+from .caching import cache
 from .circuitry import circuit
 from .command import FOLDER as _FOLDER
 from .command import HELP as _HELP
@@ -264,6 +265,7 @@ cli.add_command(sae)
 cli.add_command(inspect)
 cli.add_command(audit)
 cli.add_command(monitor)
+cli.add_command(cache)
 cli.add_command(export)
 cli.add_command(push)
 

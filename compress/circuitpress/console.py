@@ -1,7 +1,8 @@
 """What a person sees: progress and messages on stderr, the result alone on stdout.
 
 - On a terminal, one bar with blocks done, the last note and the time left; elsewhere (CI, `2> log`) one plain line a
-  block, because a bar in a log file is noise. `--quiet` silences both; errors are still shown.
+  block, because a bar in a log file is noise. `--quiet` silences both; errors are still shown. The time left goes by
+  the work of blocks (weights, bytes), where they are not all alike.
 - `--json` turns the result into one JSON document, so that `circuitpress run ... --json | jq .kl` works.
 - `log_to` keeps everything at DEBUG in a file whatever the terminal shows: after a crash it is what there is to read.
 """
@@ -66,34 +67,39 @@ class Console:
         out.flush()
 
     @contextlib.contextmanager
-    def progress(self, title: str, total: float | None = None) -> Iterator[Advance]:
-        """Shows a stage of `total` blocks while the context lasts; yields the function that reports them."""
+    def progress(self, title: str, total: float | Sequence[float] | None = None) -> Iterator[Advance]:
+        """Shows a stage while the context lasts; yields the function that reports blocks.
+
+        `total` is the number of blocks, or the work of each in the order in which they come, such as its weights.
+        """
         started = time.monotonic()
+        work = Work(total)
         log.info("%s: started", title)
         try:
             if self.quiet:
                 yield _logged(title, ignore)
             elif self.stream.isatty():
                 with self._bar() as bar:
-                    task = bar.add_task(title, total=total, note="")
+                    task = bar.add_task(title, total=work.whole, note="", count=work.count())
 
                     def advance(blocks: float, note: str) -> None:
-                        bar.update(task, advance=blocks, note=note)
+                        work.add(blocks)
+                        bar.update(task, completed=work.done, note=note, count=work.count())
 
                     yield _logged(title, advance)
             else:
-                yield _logged(title, self._lines(title, total, started))
+                yield _logged(title, self._lines(title, work, started))
         finally:
             log.info("%s: %.1f s", title, time.monotonic() - started)
 
     def _bar(self) -> "rich.progress.Progress":
         from rich.console import Console as RichConsole
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (
             TextColumn("{task.description:<9}"),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[count]}"),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             TextColumn("{task.fields[note]}", style="dim"),
         )
@@ -102,16 +108,15 @@ class Console:
             console=RichConsole(file=self.err, stderr=True),  # pyright: ignore[reportArgumentType]
         )
 
-    def _lines(self, title: str, total: float | None, started: float) -> Advance:
-        done = 0.0
-
+    def _lines(self, title: str, work: "Work", started: float) -> Advance:
         def advance(blocks: float, note: str) -> None:
-            nonlocal done
-            before, done = int(done + 1e-6), done + blocks
-            now = int(done + 1e-6)
-            if now > before:
-                of = f"/{total:g}" if total else ""
-                self._write(f"{title:<9} {now}{of}  {time.monotonic() - started:.1f} s  {note}".rstrip())
+            before = work.finished
+            work.add(blocks)
+            if work.finished > before:
+                passed = time.monotonic() - started
+                left = work.left(passed)
+                times = f"{passed:.1f} s" + (f", {duration(left)} left" if left else "")
+                self._write(f"{title:<9} {work.count()}  {times}  {note}".rstrip())
 
         return advance
 
@@ -129,6 +134,53 @@ class Console:
         handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
         with _attached(handler):
             yield
+
+
+class Work:
+    """How much of a stage is done: blocks, which people count, and their work, by which time goes."""
+
+    def __init__(self, total: float | Sequence[float] | None) -> None:
+        self._steps = tuple(total) if isinstance(total, Sequence) else None
+        self.total = len(total) if isinstance(total, Sequence) else total
+        self.whole = self.total if self._steps is None else sum(self._steps)
+        """The work of all blocks; None if it is not known."""
+        self.blocks = 0.0
+
+    def add(self, blocks: float) -> None:
+        """Some blocks more, or a part of one."""
+        self.blocks += blocks
+
+    @property
+    def finished(self) -> int:
+        """Whole blocks; thirds add up."""
+        return int(self.blocks + 1e-6)
+
+    @property
+    def done(self) -> float:
+        """The work that is done; a part of a block is that part of its work."""
+        if self._steps is None:
+            return self.blocks
+        whole = self.finished
+        part = max(0.0, self.blocks - whole) * (self._steps[whole] if whole < len(self._steps) else 0.0)
+        return sum(self._steps[:whole]) + part
+
+    def count(self) -> str:
+        """`3/12`."""
+        return f"{self.finished}/{self.total:g}" if self.total else f"{self.finished}"
+
+    def left(self, passed: float) -> float | None:
+        """Seconds left after `passed` seconds, at the pace until now; None if nobody knows, or all is done."""
+        if not self.whole or not self.done or self.done >= self.whole:
+            return None
+        return passed * (self.whole - self.done) / self.done
+
+
+def duration(seconds: float) -> str:
+    """A time to go in whole numbers: `8 s`, `12 min`, `3 h 05`."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d}"
 
 
 @contextlib.contextmanager

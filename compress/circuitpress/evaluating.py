@@ -13,7 +13,7 @@ from .errors import QualityGateMissed, RecipeError
 @command(
     "circuitpress eval runs/mine/model",
     "circuitpress eval MODEL_DIR --reference path/to/original --text test.txt --windows 32 --length 512",
-    "circuitpress eval runs/mine/model --baseline nf4,int8",
+    "circuitpress eval runs/mine/model --baseline nf4,int8,gptq",
     "circuitpress eval runs/mine/model --tasks arc_easy,hellaswag --min-recovery 0.98",
     "circuitpress eval runs/mine/model --tasks local_blimp --include recipes/tasks --task-data path/to/data",
 )
@@ -22,7 +22,11 @@ from .errors import QualityGateMissed, RecipeError
 @click.option("--text", type=FOLDER, help="Text to measure on. Default: the run's test text.")
 @click.option("--windows", type=click.IntRange(1), help="Windows of text. Default: 64, or the run's.")
 @click.option("--length", type=click.IntRange(2), help="Tokens in a window. Default: 512, or the run's.")
-@click.option("--baseline", help="Also bitsandbytes' nf4, int8 of the original, comma-separated.")
+@click.option(
+    "--baseline",
+    help="Also nf4, int8 (bitsandbytes) and gptq (GPTQModel, the setting nearest in bytes) of the original, "
+    "comma-separated. gptq is installed into an environment of its own: gigabytes, once.",
+)
 @click.option("--tasks", help="Tasks of lm-evaluation-harness, comma-separated, for both models.")
 @click.option("--include", type=FOLDER, help="A folder with task YAMLs of your own.")
 @click.option("--task-data", type=FOLDER, help="Where their relative data files start. Default: here.")
@@ -52,9 +56,15 @@ def eval_(
 
         settings = TaskSettings(_names(tasks), include, task_data, shots, limit, chat_template, batch_size)
         check_tasks(settings)  # before anything is measured
+    beside = None
+    if baseline is not None:
+        from .bench.gptq import gptq
+        from .evaluate.baselines import choose
+
+        beside = choose(_names(baseline), {"gptq": gptq})  # before anything is measured
     shown, document = measure_model(
-        model, console, reference=reference, text=text, windows=windows, length=length,
-        baselines=_names(baseline), device=device,
+        model, console, reference=reference, text=text, windows=windows, length=length, baselines=beside,
+        device=device,
     )  # fmt: skip
     if settings is not None:
         table, compared = measure_tasks(model, console, settings=settings, reference=reference, device=device)

@@ -9,7 +9,8 @@ All probes of a model are variants in one forward walk (score/variants.py). Plan
 format, so a hundred plans round little more than one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -26,9 +27,10 @@ from .console import Advance, ignore
 from .formats import CastFormat, parse
 from .hooks import replace, weight_of
 from .outer import load_hessian, round_outer
+from .prefix import Beside, Prefix
 from .price import permute_inputs, permute_neurons
 from .quantize import quantize_everywhere, quantize_matrix
-from .rounding import Entry, block_hessians, context, segments_by_module
+from .rounding import Entry, block_hessians, context, decoded_in_place, segments_by_module
 from .score.variants import Edit, Edits, measure
 from .stream import Stream
 from .units import OUTER, Axis, Decision, Group, Prices, Probe
@@ -48,17 +50,26 @@ def uniform_plan(prices: Prices, form: str) -> tuple[Decision, ...]:
 
 def probe(
     stream: Stream, *, calibration: Tensor, held_out: Tensor, prices: Prices, saliency: Path, formats: Sequence[str],
-    plans: Mapping[str, Sequence[Decision]] = MappingProxyType({}), polish: bool = True, advance: Advance = ignore,
+    plans: Mapping[str, Sequence[Decision]] = MappingProxyType({}), polish: bool = True, correct: bool = False,
+    beside: Beside = (), advance: Advance = ignore,
 ) -> list[Probe]:  # fmt: skip
     """Measures the uniform plans of `formats`, and other `plans` by label, on windows `held_out` int64 [n, length].
 
-    `calibration` are the windows that were priced, `saliency` the folder of their shards.
+    `calibration` are the windows that were priced, `saliency` the folder of their shards; `correct` and `beside` as of
+    `apply.apply`.
     """
     candidates = {f"uniform {form}": uniform_plan(prices, form) for form in formats} | dict(plans)
-    edits = plan_edits(
-        stream, candidates, calibration=calibration, saliency=saliency, orders=prices.neuron_order, polish=polish
-    )
-    measured = measure(stream, held_out, edits, context=context(calibration, saliency), advance=advance)
+    if correct:
+        with corrected_edits(
+            stream, candidates, calibration=calibration, saliency=saliency, orders=prices.neuron_order, polish=polish,
+            beside=beside,
+        ) as edits:  # fmt: skip
+            measured = measure(stream, held_out, edits, context=calibration, advance=advance)
+    else:
+        edits = plan_edits(
+            stream, candidates, calibration=calibration, saliency=saliency, orders=prices.neuron_order, polish=polish
+        )
+        measured = measure(stream, held_out, edits, context=context(calibration, saliency), advance=advance)
     numel = stream.anatomy.linear_numel
     return [
         Probe(
@@ -98,6 +109,34 @@ def plan_edits(
         return {label: partial(replace, module, change, transposed=transposed) for label, change in changes.items()}
 
     return edits
+
+
+@contextmanager
+def corrected_edits(
+    stream: Stream, plans: Mapping[str, Sequence[Decision]], *, calibration: Tensor, saliency: Path,
+    orders: Mapping[int, NDArray[np.int64]], polish: bool = True, beside: Beside = (),
+) -> Iterator[Edits]:  # fmt: skip
+    """The same for plans that are rounded as `apply` rounds with `correct`; each has a rounded prefix of its own."""
+    batches = stream.batches(calibration)
+    layouts = {label: segments_by_module(decisions) for label, decisions in plans.items()}
+    stores = {label: stream.store(f"prefix-{n}") for n, label in enumerate(plans)}
+    try:
+        prefixes = {label: Prefix(stream, batches, store, saliency, beside) for label, store in stores.items()}
+
+        def edits(index: int, module: nn.Module, inputs: Callable[[int], Tensor]) -> Mapping[str, Edit]:
+            place, order = stream.anatomy.blocks[index], _order(orders, index)
+            transposed, result = place.matrices[0].transposed, {}
+            for label, prefix in prefixes.items():
+                rounded = prefix.round(module, place, inputs, layouts[label], order, polish=polish)
+                weights = {name: w.to(stream.dtype) for name, w in decoded_in_place(rounded, place, order).items()}
+                prefix.follow(module, place, weights)
+                result[label] = partial(replace, module, weights, transposed=transposed)
+            return result
+
+        yield edits
+    finally:
+        for store in stores.values():
+            store.clear()
 
 
 def outer_edits(stream: Stream, plans: Mapping[str, Sequence[Decision]], *, saliency: Path) -> dict[str, Edit]:

@@ -91,10 +91,12 @@ def round_block(
 
 
 def decoded_in_place(quantized: Mapping[str, Quantized], place: Block, order: Tensor | None) -> dict[str, Tensor]:
-    """The weights [rows, cols] of a rounded block by local name, with neurons back in the model's own order."""
+    """The weights [rows, cols] of what is rounded of a block by local name, neurons back in the model's own order."""
     back = None if order is None else torch.argsort(order)
     result = {}
     for matrix in place.matrices:
+        if matrix.module not in quantized:
+            continue
         weight = quantized[matrix.module].decode()
         if back is not None:
             weight = permute_neurons(matrix.role, weight, back)

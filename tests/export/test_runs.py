@@ -54,9 +54,12 @@ def test_a_plan_for_vllm_has_one_format_for_fused_matrices(
     assert "plan.formats: gguf cannot hold sym4g32" in capsys.readouterr().err
 
 
-def test_gguf_takes_types_importance_and_the_unrounded_model(llama: Path, text_file: Path, tmp_path: Path) -> None:
+def test_gguf_takes_types_importance_and_the_unrounded_model(
+    llama: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     menu = "plan.formats=[int4g32,int5g32,sym8g32,dense]"
     assert run(llama, text_file, tmp_path / "run", "plan.target=gguf", "plan.budget=6bpw", menu) == 0
+    shown = capsys.readouterr().out
     out = tmp_path / "out"
     command = ["export", str(tmp_path / "run" / "model"), "--format", "gguf", "--out", str(out)]
     assert invoke([*command, "--dtype", "float16"]) == 2
@@ -67,6 +70,13 @@ def test_gguf_takes_types_importance_and_the_unrounded_model(llama: Path, text_f
     plan = Plan.load(tmp_path / "run" / "plan.json")
     assert document["linear_bytes"] == plan.linear_bytes
     assert plan.bits_per_weight <= 6
+    stored = json.loads((tmp_path / "run" / "evaluate" / "fidelity.json").read_text())
+    assert stored["bits_per_weight"] != pytest.approx(plan.bits_per_weight, abs=1e-3)  # of the stand-ins
+    (bits,) = [line.split() for line in shown.splitlines() if line.startswith("bits per weight")]
+    assert bits[-2:] == [f"{stored['bits_per_weight']:.3f}", f"{8 * document['linear_bytes'] / plan.linear_numel:.3f}"]
+    assert "before after in llama.cpp" in " ".join(shown.split()) and "stand in for them" in shown
+    (types,) = [line for line in shown.splitlines() if line.startswith("types: ")]
+    assert all(f"{name} " in types for name in set(document["types"].values()))
     assert set(document["types"].values()) <= {"q4_0", "q5_0", "q8_0", "f32"}
     assert len((out / "tensor-types.txt").read_text().splitlines()) == 14
     assert str(out) in document["commands"][0] and "unchecked" not in " ".join(document["commands"])
@@ -83,8 +93,16 @@ def test_importance_of_a_large_model_takes_a_walk(
     for name, kept in (("kept", 1 << 30), ("walk", 0)):
         monkeypatch.setattr("circuitpress.price.KEPT_HESSIANS", kept)
         assert (
-            run(llama, text_file, tmp_path / name, "plan.target=gguf", "plan.formats=[sym8g32]", "plan.budget=9bpw")
-            == 0
+            run(
+                llama,
+                text_file,
+                tmp_path / name,
+                "plan.target=gguf",
+                "plan.formats=[sym8g32]",
+                "plan.budget=9bpw",
+                "run.dtype=float32",  # Hessians that are kept come from the walk of gradients, which may be in bfloat16
+            )
+            == 0  # fmt: skip
         )
         assert has_hessians(tmp_path / name / "pricing") == bool(kept)
         with open_folder(tmp_path / name, create=False) as folder:

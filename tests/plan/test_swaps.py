@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from circuitpress.plan import Budget, improve, solve
 from circuitpress.plan.constraints import budget, floor
+from circuitpress.plan.swaps import _Move, _rates
 from circuitpress.units import Prices
 
 from .instances import make_prices
@@ -125,3 +126,12 @@ def test_one_format_leaves_nothing_to_swap() -> None:
     found = improve(prices, rules, np.zeros(5, dtype=np.int64), model, model, most=50)
     assert found.measured == 0
     assert found.rounds == ()
+
+
+def test_one_window_says_nothing_of_a_single_change() -> None:
+    """Its error is unknown: the common rate is taken, and nothing is NaN."""
+    before = np.full((2, 2), np.nan)
+    moves = [_Move(0, 1, -0.1, 10.0), _Move(1, 0, 0.2, -10.0)]
+    rates = _rates(before, moves, [np.array([-0.3]), np.array([0.2])])
+    assert np.isfinite(rates).all()
+    np.testing.assert_allclose(rates, 2.0)  # the median of 3 and 1

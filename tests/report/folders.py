@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -66,6 +67,44 @@ def write_run(
         "  samples: 128\n  length: 512\nplan:\n  budget: 3.0bpw\n"
     )
     return folder
+
+
+def write_audited(nbytes: int) -> dict[str, Any]:
+    """What audit.json holds, for a model whose files have `nbytes` bytes, with something in every section."""
+    side = {"faithfulness": {"value": 0.97, "low": 0.91, "high": 1.02}, "left": 0.04, "whole": 6.5, "empty": -1.0}
+    circuit = {"behavior": "induction", "size": 3, "granularity": "nodes", "reference": side}
+    return {
+        "model": "runs/little/model", "reference": "some-lab/little-llama",
+        "fidelity": {
+            "kl": 0.0312, "top1_agreement": 0.914, "perplexity": 9.5, "reference_perplexity": 8.25, "tokens": 4096,
+            "bytes": nbytes,
+        },
+        "behaviors": [
+            {
+                "name": name, "metric": "sentence", "pairs": 40, "able": True, "lost": lost, "accuracy": now,
+                "reference_accuracy": 0.95, "stderr": 0.08, "reference_mean": 3.25, "mean": 0.5,
+            }
+            for name, now, lost in (("word-order", 0.93, False), ("agreement-of-distant-subjects", 0.6, True))
+        ],
+        "circuits": [
+            circuit | {"model": side, "lost": False},
+            circuit | {"behavior": "ioi", "model": {"reason": "the model does not do it at all"}, "lost": True},
+        ],
+        "layers": [
+            {"blocks": b, "difference": 0.1 * b, "cosine": 1 - b / 100, "lens_kl": 0.02 * b, "lens_agreement": 0.9}
+            for b in range(6)
+        ],
+        "heads": [{"layer": i, "head": h, "distance": 0.05 * (i + h)} for i in range(5) for h in range(6)],
+        "patterns": [
+            {"layer": 2, "head": 1, "pattern": "induction", "before": 0.8, "after": 0.1, "lost": True},
+            {"layer": 1, "head": 3, "pattern": "first_position", "before": 0.9, "after": 0.88, "lost": False},
+        ],
+        "features": {
+            "site": "L2.resid_post", "features": 512, "told": 300, "survivors": 0.87,
+            "worst": [{"feature": f, "correlation": 0.1 * f, "reference_rate": 0.02, "rate": 0.001} for f in range(3)],
+        },
+        "cannot_prove": "Nothing is proved here.",
+    }  # fmt: skip
 
 
 def _groups(blocks: int, scale: int, cut: bool) -> tuple[Group, ...]:

@@ -4,15 +4,17 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 
 import pytest
 
 from circuitpress.errors import CircuitpressError
 from circuitpress.report import write_report
+from circuitpress.report.svg import BITS, BRIGHT, HEATS
 from circuitpress.units import Plan
 
-from .folders import write_run
+from .folders import write_audited, write_run
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 
@@ -138,6 +140,36 @@ def test_missing_files_are_explained(copy: Path, missing: list[str], says: str) 
     assert says in words(write_report(copy))
 
 
+def test_a_check_of_nothing_is_no_check(copy: Path) -> None:
+    (copy / "exact.json").write_text('{"rows": [], "spearman": null, "median_ratio": null}')
+    assert "No prices were checked" in words(write_report(copy))
+
+
+def test_text_stands_out_in_both_schemes() -> None:
+    """A contrast of 4.5 at least (WCAG 2.2, 1.4.3): on the page, on cells of bits and on steps of the price ramp."""
+    style = (resources.files("circuitpress.report") / "style.css").read_text()
+    light, dark = (
+        dict(re.findall(r"--(\w+): (#\w{6})\b", part))
+        for part in style.partition("* { box-sizing")[0].split("@media screen and (prefers-color-scheme: dark)")
+    )
+    assert set(light) == set(dark) and len(light) > 30
+    named = ("ink", "muted", "predicted", "corrected", "measured", "series0", "series1", "series2")
+    pairs = [(name, ground) for name in named for ground in ("paper", "raised")]
+    pairs += [(f"t{bits}", f"b{bits}") for bits in BITS]
+    pairs += [("onlow" if step < BRIGHT else "onhigh", f"heat{step}") for step in range(HEATS)]
+    for colours in (light, dark):
+        for text, ground in pairs:
+            one, other = sorted((luminance(colours[text]), luminance(colours[ground])))
+            assert (other + 0.05) / (one + 0.05) >= 4.5, (text, ground, colours[text])
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of `#rrggbb`."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
 @pytest.mark.parametrize(
     ("missing", "hint"),
     [("plan.json", "plan"), ("prices.safetensors", "score"), ("anatomy.json", "score")],
@@ -198,7 +230,32 @@ def test_tasks_and_behaviors_are_shown_with_their_errors(copy: Path) -> None:
     page = write_report(copy).read_text()
     for text in ("arc_easy · acc", "-0.04 ± 0.011", "lambada · perplexity (less is better)", "92.0%", "1.2.3"):
         assert text in page
-    for text in ("agreement", "98.0%", "91.0%", "below its floor"):
+    for text in ("agreement", "98.0%", "91.0%", "LOST"):
         assert text in page
     assert "part · acc" not in page
     assert "Tasks: change of 1 scores" in page, "a figure for what has a paired error"
+
+
+def test_an_audit_of_this_model_is_part_of_the_page(copy: Path) -> None:
+    nbytes = json.loads((copy / "evaluate" / "fidelity.json").read_text())["bytes"]
+    (copy / "audit.json").write_text(json.dumps(write_audited(nbytes)))
+    path = write_report(copy)
+    page, text = read(path), words(path)
+    for expected in (
+        "What changed inside", "Circuits that changed 1 of 2", "induction, reference", "0.97 (0.91 to 1.02)", "holds",
+        "Features that survive 87.0%", "L2.head.1", "word-order", "Nothing is proved here.",
+    ):  # fmt: skip
+        assert expected in text, expected
+    assert len(page.ids) == len(set(page.ids)) and set(page.references) <= set(page.ids)
+    labels = [figure["aria-label"] for figure in page.figures]
+    assert len(labels) == len(set(labels)) == 8
+    assert "was not audited" not in text
+
+
+@pytest.mark.parametrize("nbytes", [None, 17])
+def test_an_audit_of_another_model_is_not(copy: Path, nbytes: int | None) -> None:
+    if nbytes:
+        (copy / "audit.json").write_text(json.dumps(write_audited(nbytes)))
+    text = words(write_report(copy))
+    assert "was not audited" in text and "circuitpress audit little/model --reference MODEL --out little" in text
+    assert "Features that survive" not in text

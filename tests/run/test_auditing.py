@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,15 @@ def test_circuits_are_verified_in_both_models(tmp_path: Path, capsys: pytest.Cap
     shown = capsys.readouterr().err
     assert "its behavior is 'task'" in shown
     assert "add --behaviors" in shown
+
+
+def test_an_sae_that_is_not_there_is_missed_before_anything_is_measured(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, forbid: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    forbid("evaluate.fidelity")
+    common = ["--reference", str(tiny_llama), "--text", str(text_file), "--out", str(tmp_path), "--quiet"]
+    assert invoke(["audit", str(tiny_llama), *common, "--sae", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere is no SAE" in capsys.readouterr().err
 
 
 def test_models_without_a_common_vocabulary_are_refused(

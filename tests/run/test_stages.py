@@ -9,6 +9,7 @@ import pytest
 
 from circuitpress.console import Console
 from circuitpress.errors import CheckpointError, CircuitpressError, QualityGateMissed, RecipeError
+from circuitpress.evaluate.baselines import choose
 from circuitpress.recipe import Recipe
 from circuitpress.run import check_gates, measure_model, run_recipe, stages
 from circuitpress.run.folder import clear, open_folder
@@ -220,7 +221,7 @@ def test_tasks_of_a_recipe_are_run_on_both_models_and_gated(
     else:
         with pytest.raises(QualityGateMissed, match="of the task scores is left"):
             check_gates(recipe, document)
-    plain = measure_model(tmp_path / "run" / "model", console, windows=2, length=16, baselines=["nf4"])[1]
+    plain = measure_model(tmp_path / "run" / "model", console, windows=2, length=16, baselines=choose(["nf4"], {}))[1]
     assert 4 < plain["baselines"]["nf4"]["bits_per_weight"] < 6.5
 
 
@@ -233,7 +234,7 @@ def test_gradients_are_taken_in_bfloat16_where_that_is_fast(
     console: Console, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """What is measured stays in float32."""
-    monkeypatch.setattr("circuitpress.stream.has_fast_bfloat16", lambda device: fast)
+    monkeypatch.setattr("circuitpress.stream.has_fast_bfloat16", lambda _: fast)
     recipe = make_recipe(tiny_llama, text_file, **{"run.dtype": dtype})
     with open_folder(tmp_path / "run", create=True) as folder:
         session = Session(folder, recipe, console)

@@ -133,5 +133,5 @@ def _call(command: list[str], environment: Environment) -> None:
     if done.returncode != 0:
         raise CircuitpressError(
             f"the environment {environment.name} cannot be made: {done.stderr.strip()[-400:] or done.stdout[-400:]}",
-            hint=f"check the network and pip's settings, or leave its peers out with --peers; or set {VARIABLE}",
+            hint=f"check the network and pip's settings; or leave it out of --peers or --baseline; or set {VARIABLE}",
         )

@@ -149,7 +149,7 @@ def _rates(before: Floats, moves: Sequence[_Move], differences: Sequence[Floats]
     noise = np.array([_stderr(d) / abs(move.nats) for move, d in zip(moves, differences, strict=True)])
     common = max(float(np.median(ratio)), 0.1)
     spread = (PRIOR * common) ** 2
-    shrunk = (ratio * spread + common * noise**2) / (spread + noise**2)
+    shrunk = common + (ratio - common) * spread / (spread + noise**2)  # noise of one window is infinite
     rates = np.where(np.isnan(before), common, before)
     for move, value in zip(moves, shrunk, strict=True):
         # A move can lower KL against its price (or raise it); the sign of a price must survive.

@@ -19,7 +19,7 @@ def write_audit(document: Mapping[str, Any], path: Path) -> Path:
     # matplotlib is imported when a page is drawn, and not by `circuitpress --help`, which would pay 0.3 s for it.
     from .audited import build_audit
 
-    return _write(path, "audit.html.j2", build_audit(document))
+    return _write(path, "audit.html.j2", {"audit": build_audit(document)})
 
 
 def write_report(folder: Path) -> Path:
@@ -34,12 +34,15 @@ def write_report(folder: Path) -> Path:
 
 
 def _write(path: Path, template: str, context: Mapping[str, Any]) -> Path:
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     files = resources.files(__name__)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(files.joinpath(template).read_text(encoding="utf-8"))
+    loader = FunctionLoader(lambda name: files.joinpath(name).read_text(encoding="utf-8"))
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     style = files.joinpath("style.css").read_text(encoding="utf-8")
+    page = environment.get_template(template).render(context, style=style)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes_atomic(path, page.render(context, style=style).encode())
+    write_bytes_atomic(path, page.encode())
     return path

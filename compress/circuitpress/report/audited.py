@@ -1,4 +1,4 @@
-"""The page of an audit: what differs between two models, from audit.json alone."""
+"""What differs between two models, from audit.json alone: a page of its own, and a part of a run's report."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,14 +8,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from .page import Row, nats
-from .svg import COLOURS, HEATS, draw, place
+from .svg import BRIGHT, COLOURS, HEATS, draw, place
+from .values import Row, nats
 
 Json = Mapping[str, Any]
 
 
 def build_audit(document: Json) -> dict[str, Any]:
-    """The template's variables for the content of audit.json."""
+    """What the templates show under the name `audit`, for the content of audit.json."""
     found, patterns = document["fidelity"], document.get("patterns", [])
     return {
         "model": _name(document["model"]),
@@ -82,8 +82,8 @@ def _layer(row: Json) -> Row:
 
 def _pattern(row: Json) -> Row:
     name = row["pattern"].replace("_", " ").replace("first position", "sink (first position)")
-    verdict = "LOST" if row["lost"] else ""
-    return Row(f"L{row['layer']}.head.{row['head']}", (name, f"{row['before']:.2f}", f"{row['after']:.2f}", verdict))
+    verdict = "LOST" if row["lost"] else "holds"
+    return Row(f"L{row['layer']}.head.{row['head']}", (verdict, name, f"{row['before']:.2f}", f"{row['after']:.2f}"))
 
 
 def _features(found: Json) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def _head_plot(heads: Sequence[Json]) -> str:
                 Rectangle((row["head"] - 0.48, row["layer"] - 0.46), 0.96, 0.92, color=COLOURS[f"heat{step}"])
             )
             if per <= 12:
-                ink = COLOURS["onhigh" if step > HEATS // 2 else "onlow"]
+                ink = COLOURS["onlow" if step < BRIGHT else "onhigh"]
                 axes.text(
                     row["head"], row["layer"], f"{row['distance']:.2f}", ha="center", va="center", color=ink, size=8
                 )

@@ -10,7 +10,7 @@ from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path
 from numpy.typing import NDArray
 
-from .svg import BITS, COLOURS, HEATS, WIDTH, draw, log_axis, place, two_digits, units_of
+from .svg import BITS, BRIGHT, COLOURS, HEATS, WIDTH, draw, log_axis, place, two_digits, units_of
 
 LEFT, TOP = 28.0, 20.0
 LEGEND = 5  # entries of a legend's line
@@ -86,7 +86,7 @@ def heat_map(values: NDArray[np.float64], rows: Sequence[int], columns: Sequence
                 gap = 1 if wide > 6 else 0.3
                 boxes.setdefault(step, []).append((LEFT + j * wide, y, wide - gap, high - min(1, gap)))
                 if wide >= 34 and high >= 13:
-                    colour = COLOURS["onlow" if step < 6 else "onhigh"]
+                    colour = COLOURS["onlow" if step < BRIGHT else "onhigh"]
                     middle = (LEFT + (j + 0.5) * wide - 0.5, y + high / 2 - 0.5)
                     axes.text(*middle, two_digits(value), color=colour, ha="center", va="center_baseline", fontsize=9)
         for step, group in sorted(boxes.items()):

@@ -1,22 +1,18 @@
 """From a run's files to what the template shows: every number formatted, every figure drawn, every gap explained."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from .. import __version__
+from .audited import build_audit
 from .pictures import draw_bits, draw_check, draw_front, draw_heads, draw_neurons, draw_prices, draw_tasks, place_of
 from .read import RunFiles
+from .values import Row, duration, nats, size
 
 LOSERS = 12
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a table; `lead` begins it."""
-
-    lead: str
-    cells: tuple[str, ...]
+_TARGET_NOTES = {
+    "gguf": ": bits are those of llama.cpp's types; KL and the bytes of files are of formats that stand in for them"
+}
 
 
 def build_context(run: RunFiles) -> dict[str, Any]:
@@ -51,6 +47,7 @@ def build_context(run: RunFiles) -> dict[str, Any]:
         "check": draw_check(run),
         "losers": _losers(run),
         "behaviors": [_behavior(row) for row in run.behaviors],
+        "audit": None if run.audit is None else build_audit(run.audit),
         "tasks": [_task(row) for row in run.tasks.get("rows", []) if row["asked"]],
         "task_plot": draw_tasks(run),
         "recovery": None if run.tasks.get("recovery") is None else f"{run.tasks['recovery']:.1%}",
@@ -58,26 +55,6 @@ def build_context(run: RunFiles) -> dict[str, Any]:
         "stages": [Row(name, (duration(seconds),)) for name, seconds in run.manifest.get("journal", {}).items()],
         "fingerprints": _fingerprints(run.manifest.get("fingerprints", {})),
     }
-
-
-def nats(value: float) -> str:
-    """Three significant digits."""
-    return f"{value:.3g}" if value < 0.001 else f"{value:#.3g}".rstrip(".")
-
-
-def size(nbytes: float) -> str:
-    """Bytes in decimal units, three digits."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:#.3g} {unit}".replace(". ", " ")
-    return f"{nbytes:.0f} B"
-
-
-def duration(seconds: float) -> str:
-    """Seconds, or minutes, or hours."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _model_name(run: RunFiles) -> str:
@@ -101,7 +78,7 @@ def _asked(run: RunFiles) -> list[Row]:
         Row("Model", (model,)),
         Row("Linear weights", (f"{plan.linear_numel:,}, beside {size(plan.other_bytes)} of other weights",)),
         Row("Budget", (plan.budget,)),
-        Row("Target", (plan.target,)),
+        Row("Target", (plan.target + _TARGET_NOTES.get(plan.target, ""),)),
         Row("Formats on offer", (", ".join(run.prices.formats),)),
         Row("Protected", (protected if kept else "none",)),
     ]
@@ -162,7 +139,7 @@ def _prediction_errors(run: RunFiles) -> list[Row]:
 def _behavior(row: Mapping[str, Any]) -> Row:
     shares = (f"{row['reference_accuracy']:.1%}", f"{row['accuracy']:.1%}")
     margins = (f"{row['reference_margin']:.3g}", f"{row['margin']:.3g}")
-    return Row(row["name"], (str(row["pairs"]), *shares, *margins, "kept" if row["kept"] else "below its floor"))
+    return Row(row["name"], ("kept" if row["kept"] else "LOST", *shares, *margins, str(row["pairs"])))
 
 
 def _task(row: Mapping[str, Any]) -> Row:

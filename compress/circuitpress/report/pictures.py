@@ -138,7 +138,7 @@ def draw_tasks(run: RunFiles) -> str | None:
 
 def draw_check(run: RunFiles) -> Check | None:
     """Prices against interventions; None if none were made."""
-    if run.exact is None:
+    if run.exact is None or not run.exact.rows:
         return None
     rows = run.exact.rows
     points = [

@@ -49,6 +49,8 @@ class RunFiles:
     """evaluate/tasks.json; {} where no tasks were asked for."""
     behaviors: tuple[Json, ...]
     """evaluate/behaviors.json: what is left of the behaviors that the recipe names."""
+    audit: Json | None
+    """audit.json, if `circuitpress audit` wrote it there for this model."""
 
 
 def read_run(folder: Path) -> RunFiles:
@@ -63,6 +65,7 @@ def read_run(folder: Path) -> RunFiles:
     recipe_text = recipe.read_text(encoding="utf-8") if recipe.is_file() else ""
     front = _json(folder / "pareto.json")
     exact = _json(folder / "exact.json")
+    fidelity = _json(folder / "evaluate" / "fidelity.json")
     blocks = anatomy["blocks"]
     return RunFiles(
         folder=folder,
@@ -78,10 +81,18 @@ def read_run(folder: Path) -> RunFiles:
         probes=tuple(Probe(**entry) for entry in _json(folder / "probes.json") or ()),
         front=tuple(pareto(prices) if front is None else (Point(**entry) for entry in front)),
         exact=None if exact is None else Exact(tuple(exact["rows"]), exact.get("spearman"), exact.get("median_ratio")),
-        fidelity=_json(folder / "evaluate" / "fidelity.json"),
+        fidelity=fidelity,
         tasks=_json(folder / "evaluate" / "tasks.json") or {},
         behaviors=tuple(_json(folder / "evaluate" / "behaviors.json") or ()),
+        audit=_audit(folder, fidelity),
     )
+
+
+def _audit(folder: Path, fidelity: Json | None) -> Json | None:
+    """audit.json, unless it is of another model than was measured here: then its files have another size."""
+    document = _json(folder / "audit.json")
+    same = document and (fidelity is None or document["fidelity"].get("bytes") == fidelity["bytes"])
+    return document if same else None
 
 
 def _json(path: Path) -> Any:

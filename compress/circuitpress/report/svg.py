@@ -22,6 +22,8 @@ WIDTH = 400.0
 """Units of every figure's width; text is 10 units high, which is legible on a phone and not loud on a screen."""
 
 HEATS = 9
+BRIGHT = 6
+"""The first step of the price ramp on which text is in the colour `onhigh`."""
 BITS = (0, 2, 3, 4, 5, 6, 8, 16)
 _NAMES = ("ink", "muted", "line", "paper", "predicted", "corrected", "measured", "series0", "series1", "series2")
 _NAMES += tuple(f"heat{i}" for i in range(HEATS)) + ("onlow", "onhigh")

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from .opening import Opened, open_model
 if TYPE_CHECKING:
     import torch
 
-    from ..mech.sae import Sae
+    import circuitpress.mech.sae
 
 Result = tuple[str, dict[str, Any]]
 SEGMENT = 48
@@ -52,13 +52,13 @@ def audit_models(
             f"the vocabularies have {first.vocab} and {second.vocab} tokens: the models predict different things",
             hint="audit compares models with one tokenizer, such as a model and what compression made of it",
         )
+    # First, what was asked for and can be wrong.
     chosen = before.windows(text, samples=windows, length=length, seed=seed)
+    dictionary = _load(sae, site)
     unfit: dict[str, str] = {}
     wanted, added = read_behaviors(before, behaviors, unfit, safety=safety)
-    # First, since it is here that what was asked for can be wrong.
     standing = ask_circuits(before, after, circuits, wanted, console) if circuits else []
-    depth = before.stream.depth + after.stream.depth
-    with console.progress("fidelity", depth) as advance:
+    with console.progress("fidelity", (*first.work, *second.work)) as advance:
         measured = fidelity(after.stream, before.stream, chosen.ids, advance=advance)
     document: dict[str, Any] = {
         "model": model,
@@ -73,8 +73,8 @@ def audit_models(
     alike = _comparable(first, second)
     if alike:
         document |= _inside(before, after, chosen.ids, chosen.bos, seed, console)
-    if sae is not None:
-        document["features"] = _features(before, after, sae, site, chosen.ids, console)
+    if dictionary is not None:
+        document["features"] = {"sae": str(sae), **_features(before, after, dictionary, chosen.ids, console)}
     write_bytes_atomic(out / "audit.json", (json.dumps(document, indent=1) + "\n").encode())
     document["page"] = str(write_audit(document, out / "audit.html"))
     return _render(document, alike=alike), document
@@ -162,21 +162,14 @@ def _inside(
 
 
 def _features(
-    before: Opened, after: Opened, sae: Path, site: str | None, ids: "torch.Tensor", console: Console
+    before: Opened, after: Opened, loaded: "circuitpress.mech.sae.Sae", ids: "torch.Tensor", console: Console
 ) -> dict[str, Any]:
-    from dataclasses import replace
-
     from ..audit import survival
-    from ..mech.sae import load_sae
-    from ..mech.sites import Site
 
-    loaded = load_sae(sae)
-    loaded = replace(loaded, site=Site.parse(site)) if site else loaded
     with console.progress("features", 2 * before.stream.depth) as advance:
         found = survival(before.stream, after.stream, loaded, ids, advance=advance)
     worst = found.worst(12)
     return {
-        "sae": str(sae),
         "site": str(loaded.site),
         "features": loaded.latents,
         "told": found.told,
@@ -195,10 +188,15 @@ def _features(
     }
 
 
-def _load(path: Path | None) -> "Sae | None":
+def _load(path: Path | None, site: str | None = None) -> "circuitpress.mech.sae.Sae | None":
+    """The SAE at `path`, for `site` if its folder says another place or none."""
     from ..mech.sae import load_sae
+    from ..mech.sites import Site
 
-    return None if path is None else load_sae(path)
+    if path is None:
+        return None
+    loaded = load_sae(path)
+    return replace(loaded, site=Site.parse(site)) if site else loaded
 
 
 def _render(document: dict[str, Any], *, alike: bool) -> str:

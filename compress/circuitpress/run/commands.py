@@ -7,7 +7,8 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,15 +27,15 @@ from .summary import render_difference, render_fidelity, render_front, render_pl
 from .tasks import compare_on_tasks, task_lines
 
 if TYPE_CHECKING:
-    import torch
-
+    import circuitpress.evaluate.baselines
     import circuitpress.evaluate.tasks
-    import circuitpress.stream
 
 log = logging.getLogger(__name__)
 
 Result = tuple[str, dict[str, Any]]
 SCORING = NAMES[: NAMES.index("plan")]
+CALIBRATION = 128
+"""Windows that baselines are calibrated on outside a run."""
 MAKING = NAMES[: NAMES.index("evaluate")]
 
 
@@ -145,27 +146,31 @@ def check_model(model: str, recipe: Recipe | None = None) -> Result:
 
 def measure_model(
     model: Path, console: Console, *, reference: str | None = None, text: Path | None = None,
-    windows: int | None = None, length: int | None = None, baselines: Sequence[str] = (), device: str | None = None,
+    windows: int | None = None, length: int | None = None,
+    baselines: "Mapping[str, circuitpress.evaluate.baselines.Baseline] | None" = None, device: str | None = None,
 ) -> Result:  # fmt: skip
     """Fidelity of a model folder to its reference on text, and beside it that of `baselines` of the reference.
 
-    In a run folder, and with nothing else asked for, this is the run's own evaluation, which is kept there. Otherwise
-    `reference` is needed, `text` defaults to the one that comes with circuitpress, and nothing is written.
+    In a run folder, and with no other text asked for, this is the run's own evaluation, which is kept there; baselines
+    are measured on its test windows and calibrated on its calibration windows. Otherwise `reference` is needed, `text`
+    defaults to the one that comes with circuitpress, and nothing is written.
     """
-    if baselines:
-        from ..evaluate.baselines import check_baselines
-
-        check_baselines(baselines)  # before anything is measured
     run = _run_of(model)
-    if run is not None and not (reference or text or windows or length or baselines):
+    if run is not None and not (reference or text or windows or length):
         with _resumed(run, console, device=device) as session:
             _require(session, "score", "plan", "apply")
             execute(session, ("evaluate",))
             document = json.loads((run / "evaluate" / "fidelity.json").read_text())
             names = model.name, session.checkpoint.name
+            if baselines:
+                from ..evaluate.baselines import Case, measure_baselines
+
+                calibration, _, test = session.windows
+                case = Case(session.original, test.ids, calibration.ids, document["linear_bytes"])
+                document |= {"baselines": measure_baselines(baselines, case, console)}
         return render_fidelity(document, *names), document
     original = _original(model, reference)
-    document = _measure(model, original, text, windows or 64, length or 512, baselines, device or "auto", console)
+    document = _measure(model, original, text, windows or 64, length or 512, baselines or {}, device or "auto", console)
     return render_fidelity(document, model.name, original.name), document
 
 
@@ -194,36 +199,28 @@ def _original(model: Path, reference: str | None) -> Path:
 
 
 def _measure(
-    model: Path, original: Path, text: Path | None, windows: int, length: int, baselines: Sequence[str], device: str,
-    console: Console,
+    model: Path, original: Path, text: Path | None, windows: int, length: int,
+    baselines: "Mapping[str, circuitpress.evaluate.baselines.Baseline]", device: str, console: Console,
 ) -> dict[str, Any]:  # fmt: skip
     from ..data import load_windows
     from ..evaluate import fidelity
+    from ..evaluate.baselines import Case, measure_baselines
     from ..stream import open_stream
 
     streams = [open_stream(folder, device=choose_device(device)) for folder in (model, original)]
-    anatomy = streams[1].anatomy
-    chosen = load_windows(
-        text, load_tokenizer(original), length=min(length, anatomy.context or length), samples=windows, seed=0,
-        vocab=anatomy.vocab,
-    )  # fmt: skip
-    with console.progress("evaluate", sum(stream.depth for stream in streams)) as advance:
+    anatomy, tokenizer = streams[1].anatomy, load_tokenizer(original)
+    length = min(length, anatomy.context or length)
+    load = partial(load_windows, tokenizer=tokenizer, length=length, seed=0, vocab=anatomy.vocab)
+    chosen = load(text, samples=windows)
+    with console.progress("evaluate", (*anatomy.work, *streams[0].anatomy.work)) as advance:
         result = fidelity(streams[0], streams[1], chosen.ids, advance=advance)
     document = result.to_json() | {"model": str(model), "reference": str(original), "text": chosen.describe()}
-    return document | ({"baselines": _baselines(baselines, streams[1], chosen.ids, console)} if baselines else {})
-
-
-def _baselines(
-    names: Sequence[str], reference: "circuitpress.stream.Stream", windows: "torch.Tensor", console: Console
-) -> dict[str, dict[str, Any]]:
-    from ..evaluate.baselines import baseline
-
-    found = {}
-    with console.progress("baseline", len(names)) as advance:
-        for name in names:
-            found[name] = baseline(name, reference, windows).to_json()
-            advance(1, name)
-    return found
+    if not baselines:
+        return document
+    # A larger sample of one seed begins with the smaller one: what is measured on is left out.
+    own = load(None, samples=CALIBRATION + (windows if text is None else 0)).ids[windows if text is None else 0 :]
+    case = Case(streams[1], chosen.ids, own, result.linear_bytes)
+    return document | {"baselines": measure_baselines(baselines, case, console)}
 
 
 def compare_plans(first: Path, second: Path) -> Result:

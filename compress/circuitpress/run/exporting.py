@@ -35,7 +35,8 @@ def export_model(
     if dry_run:
         document = preview(source, target, out)
         return _describe(document) + f"\nnothing was written; without --dry-run: {out}", document
-    with console.progress("export", len(source.anatomy.blocks) + 1) as advance:
+    outer = sum(matrix.numel for matrix in source.anatomy.outer)
+    with console.progress("export", (outer, *source.anatomy.work)) as advance:
         kind = getattr(torch, dtype) if dtype else None
         document = export(source, target, out, dtype=kind, advance=advance)
     document |= {"out": str(out)}

@@ -38,7 +38,8 @@ FRONT = 400
 LATER = ("keep", "swap", "apply", "refine", "evaluate", "tasks", "report")
 """Stages whose results hold for one plan only."""
 MADE_FROM_PLAN = ("behaviors.json", "swaps.json", "shards", "model", "refine.json", "evaluate", "report.html")
-"""What those stages write."""
+MADE_FROM_PLAN += ("audit.json", "audit.html")
+"""What those stages write, and an audit of the model that was."""
 
 
 def plan_and_front(session: "circuitpress.run.session.Session") -> tuple[Plan, list[dict[str, Any]]]:

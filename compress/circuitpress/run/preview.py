@@ -38,6 +38,11 @@ class Needs:
         return sum(self.memory.values())
 
     @property
+    def device_memory(self) -> int:
+        """What of it lies on the GPU if one computes: all but the process itself."""
+        return self.peak_memory - self.memory["process"]
+
+    @property
     def peak_disk(self) -> int:
         """Sum over causes."""
         return sum(self.disk.values())
@@ -121,6 +126,7 @@ def describe(anatomy: Anatomy, needs: Needs) -> tuple[str, dict[str, Any]]:
         "linear weights": f"{anatomy.linear_numel:,} in {matrices} matrices, {anatomy.bits_per_weight:.2f} bits each",
         "weight files": f"{size(anatomy.file_bytes)}, of which embeddings and the rest {size(anatomy.other_bytes)}",
         "peak memory": f"about {size(needs.peak_memory)} for a run with default settings",
+        "on a GPU": f"about {size(needs.device_memory)} of it, if one computes",
         "disk": f"about {size(needs.peak_disk)} in the run folder",
     }
     text = "\n".join(f"{name:<15} {value}" for name, value in rows.items())
@@ -140,6 +146,7 @@ def describe(anatomy: Anatomy, needs: Needs) -> tuple[str, dict[str, Any]]:
         "other_bytes": anatomy.other_bytes,
         "bytes": anatomy.file_bytes,
         "peak_memory": needs.peak_memory,
+        "device_memory": needs.device_memory,
         "memory": needs.memory,
         "disk": needs.disk,
     }

@@ -71,7 +71,7 @@ def _by_fraction(session: "circuitpress.run.session.Session") -> dict[str, Any]:
     keep = protected_units(session.original_anatomy, session.recipe.plan.protect)
     refuse_too_narrow(session.original_anatomy, widths, keep)
     calibration, _, _ = session.windows
-    with session.console.progress("prune", 2 * session.original.depth) as advance:
+    with session.console.progress("prune", 2 * session.original_anatomy.work) as advance:
         drops = price_drops(
             session.original, calibration.ids, neurons=(widths.neurons,), kv_groups=(widths.kv_groups,), keep=keep,
             draws=session.recipe.score.draws, seed=session.recipe.data.seed, folder=session.path / "pruning" / "drops",
@@ -157,7 +157,7 @@ class _Search:
         self.alone = [w for w in self.alone if w.neurons >= least["neuron"] and w.kv_groups >= least["kv_group"]]
         neurons = {*neurons, *(widths.neurons for widths in self.alone)}
         groups = {*groups, *(widths.kv_groups for widths in self.alone)}
-        with session.console.progress("prices of drops", session.original.depth) as advance:
+        with session.console.progress("prices of drops", session.original_anatomy.work) as advance:
             return price_drops(
                 session.original, calibration.ids, neurons=[n for n in neurons if n >= least["neuron"]],
                 kv_groups=[n for n in groups if n >= least["kv_group"]], keep=keep, draws=session.recipe.score.draws,
@@ -193,7 +193,7 @@ class _Search:
         if widths in self.drop_kl:
             return
         branch = self._branch(widths)
-        with self.session.console.progress(f"prune to {widths}", self.session.original.depth) as advance:
+        with self.session.console.progress(f"prune to {widths}", self.session.original_anatomy.work) as advance:
             self.stay[widths] = _build(branch, self.drops, widths, advance)
         self.drop_kl[widths] = _divergence(branch, branch.working)
         branch.write("prune.json", _entry(widths, self.stay[widths], self.drop_kl[widths]))

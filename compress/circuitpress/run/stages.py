@@ -26,6 +26,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ..errors import QualityGateMissed
@@ -86,8 +87,8 @@ def _score(session: Session) -> None:
 
     recipe, (calibration, held_out, test) = session.recipe, session.windows
     formats = session.names([*recipe.plan.formats, *_uniform(recipe)])
-    beside = [*price_hessians(session), *feature_hessians(session)]
-    with session.console.progress("score", len(session.anatomy.blocks)) as advance:
+    beside = _beside(session)
+    with session.console.progress("score", session.anatomy.work) as advance:
         scores, prices = price(
             session.scoring, calibration.ids, formats=formats, granularity=recipe.plan.granularity,
             draws=recipe.score.draws, seed=recipe.data.seed, folder=session.path / "pricing",
@@ -109,6 +110,11 @@ def _score(session: Session) -> None:
     price_behaviors(session, formats)
 
 
+def _beside(session: Session) -> list[tuple[Path, float]]:
+    """Folders of Hessians that join those of the text, and their weights."""
+    return [*price_hessians(session), *feature_hessians(session)]
+
+
 def _exact(session: Session) -> None:
     from ..probe import choose_singles, exact
 
@@ -117,7 +123,7 @@ def _exact(session: Session) -> None:
     singles = choose_singles(session.prices, formats, recipe.score.exact, seed=recipe.data.seed)
     document: dict[str, Any] = {"rows": [], "spearman": None, "median_ratio": None}
     if singles:
-        with session.console.progress("exact", len(session.anatomy.blocks)) as advance:
+        with session.console.progress("exact", session.anatomy.work) as advance:
             document = exact(
                 session.stream, calibration=calibration.ids, held_out=held_out.ids[:EXACT_WINDOWS],
                 prices=session.prices, saliency=session.path / "pricing", singles=singles, advance=advance,
@@ -131,12 +137,14 @@ def _probe(session: Session) -> None:
     calibration, held_out, _ = session.windows
     formats, plans = session.names(_uniform(session.recipe)), front_plans(session)
     probes: list[Probe] = []
+    correct = session.recipe.quantize.correct
     if formats or plans:
-        with session.console.progress("probe", len(session.anatomy.blocks)) as advance:
+        with session.console.progress("probe", session.anatomy.work) as advance:
             probes = probe(
                 session.stream, calibration=calibration.ids, held_out=held_out.ids, prices=session.prices,
                 saliency=session.path / "pricing", formats=formats, plans=plans,
-                polish=session.recipe.quantize.polish, advance=advance,
+                polish=session.recipe.quantize.polish, correct=correct, beside=_beside(session) if correct else (),
+                advance=advance,
             )  # fmt: skip
     session.write("probes.json", [asdict(entry) for entry in probes])
 
@@ -158,10 +166,12 @@ def _apply(session: Session) -> None:
 
     plan = Plan.load(session.path / "plan.json")
     calibration, _, _ = session.windows
-    with session.console.progress("apply", len(session.anatomy.blocks)) as advance:
+    correct = session.recipe.quantize.correct
+    with session.console.progress("apply", session.anatomy.work) as advance:
         apply(
             session.stream, plan, calibration.ids, saliency=session.path / "pricing", shards=session.path / "shards",
-            out=session.path / "model", polish=session.recipe.quantize.polish, advance=advance,
+            out=session.path / "model", polish=session.recipe.quantize.polish,
+            correct=correct, beside=_beside(session) if correct else (), advance=advance,
         )  # fmt: skip
 
 
@@ -176,7 +186,7 @@ def _evaluate(session: Session) -> None:
 
     _, _, test = session.windows
     model = session.open(session.path / "model")
-    with session.console.progress("evaluate", 2 * len(session.anatomy.blocks)) as advance:
+    with session.console.progress("evaluate", (*session.original_anatomy.work, *model.anatomy.work)) as advance:
         result = fidelity(model, session.original, test.ids, advance=advance)
     if session.kept:
         session.write("evaluate/behaviors.json", judge(session))

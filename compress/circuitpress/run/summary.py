@@ -6,6 +6,7 @@ from typing import Any
 
 from ..console import size, table
 from ..plan import Difference
+from ..plan.targets import tensor_type
 from ..units import Plan
 from .folder import RunFolder
 from .tasks import task_lines
@@ -23,6 +24,8 @@ def summarize(folder: RunFolder, model: str) -> dict[str, Any]:
     tasks = folder.path / "evaluate" / "tasks.json"
     if tasks.exists() and (compared := json.loads(tasks.read_text()))["rows"]:
         fidelity |= {"tasks": compared["rows"], "recovery": compared["recovery"]}
+    if plan.target == "gguf":
+        fidelity["llama_cpp"] = llama_cpp(plan)
     return fidelity | {
         "model": model,
         "out": str(folder.path),
@@ -39,11 +42,30 @@ def summarize(folder: RunFolder, model: str) -> dict[str, Any]:
     }
 
 
+def llama_cpp(plan: Plan) -> dict[str, Any]:
+    """What llama.cpp will store of a plan for it: bits and bytes, and the share of the weights of each of its types.
+
+    The plan counts its bytes; the model in the run folder is stored in formats that stand in for its types.
+    """
+    numel: dict[str, int] = {}
+    for decision in plan.decisions:
+        for segment in decision.group.segments:
+            kind = tensor_type(decision.format, segment.cols)
+            assert kind is not None  # a rule of the plan
+            numel[kind.name] = numel.get(kind.name, 0) + segment.numel
+    return {
+        "bits_per_weight": plan.bits_per_weight,
+        "linear_bytes": plan.linear_bytes,
+        "bytes": plan.linear_bytes + plan.other_bytes,
+        "types": {name: n / sum(numel.values()) for name, n in sorted(numel.items())},
+    }
+
+
 def render_run(document: dict[str, Any]) -> str:
     """The final table of `run`, within 80 columns but for paths."""
     name = Path(document["model"]).name if Path(document["model"]).is_absolute() else document["model"]
     d = document
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("", "before", "after"),
         ("bits per weight", f"{d['reference_bits_per_weight']:.2f}", f"{d['bits_per_weight']:.3f}"),
         ("linear weights", size(d["reference_linear_bytes"]), size(d["linear_bytes"])),
@@ -51,9 +73,19 @@ def render_run(document: dict[str, Any]) -> str:
         ("perplexity", number(d["reference_perplexity"]), number(d["perplexity"])),
         ("top-1 agreement", "", f"{100 * d['top1_agreement']:.1f} %"),
     ]
+    theirs = d.get("llama_cpp")
+    if theirs:
+        cells = (
+            "in llama.cpp",
+            f"{theirs['bits_per_weight']:.3f}",
+            size(theirs["linear_bytes"]),
+            size(theirs["bytes"]),
+        )
+        rows[:4] = [(*row, cell) for row, cell in zip(rows, cells, strict=False)]
     return "\n".join(
         [
             table(f"{name} at {d['budget']}", rows),
+            *(["", _types_line(theirs)] if theirs else []),
             "",
             kl_lines(d),
             *_behavior_lines(d.get("behaviors", [])),
@@ -65,6 +97,11 @@ def render_run(document: dict[str, Any]) -> str:
             f"report  {d['report']}",
         ]
     )
+
+
+def _types_line(theirs: dict[str, Any]) -> str:
+    types = ", ".join(f"{name} {100 * share:.0f} %" for name, share in theirs["types"].items())
+    return f"types: {types}\nall that is measured is of formats that stand in for them"
 
 
 def _behavior_lines(rows: list[dict[str, Any]]) -> list[str]:
@@ -89,8 +126,9 @@ def kl_lines(document: dict[str, Any]) -> str:
 
 
 def render_fidelity(document: dict[str, Any], model: str, reference: str) -> str:
-    """The table of `eval`; baselines of the reference are more columns."""
-    others: dict[str, dict[str, Any]] = document.get("baselines", {})
+    """The table of `eval`; baselines of the reference are more columns, those that could not be made are lines."""
+    asked: dict[str, dict[str, Any]] = document.get("baselines", {})
+    others = {name: d for name, d in asked.items() if "error" not in d}
     columns = [document, *others.values()]
     rows = [
         ("", "reference", "model", *others),
@@ -101,7 +139,14 @@ def render_fidelity(document: dict[str, Any], model: str, reference: str) -> str
         ("+-", "", *(f"{d['kl_stderr']:.2g}" for d in columns)),
         ("top-1 agreement", "", *(f"{100 * d['top1_agreement']:.1f} %" for d in columns)),
     ]
-    return f"{table(f'{model} against {reference}', rows)}\n\n{document['tokens']} tokens, {document['seconds']:.1f} s"
+    lines = [table(f"{model} against {reference}", rows), ""]
+    lines += [f"{name}: {d['setting']}" for name, d in others.items() if "setting" in d]
+    lines += [
+        f"{name} is missing: {d['error']}" + (f"\nnext: {d['hint']}" if d["hint"] else "")
+        for name, d in asked.items()
+        if "error" in d
+    ]
+    return "\n".join([*lines, f"{document['tokens']} tokens, {document['seconds']:.1f} s"])
 
 
 def render_plan(plan: Plan, anatomy_bytes: int) -> str:

@@ -34,7 +34,7 @@ def swap(session: "circuitpress.run.session.Session") -> None:
     plan = with_drops(write_plan(problem, solution, curve=curve), session)
     found = Swaps(solution.choice, None, None, 0, ())
     if session.recipe.plan.swaps > 0 and len(session.windows[1].ids) > 1:
-        with session.console.progress("swap", 4 * len(session.anatomy.blocks)) as advance:
+        with session.console.progress("swap", 4 * session.anatomy.work) as advance:
             explore, confirm = (measurer(session, problem, half, advance) for half in _halves(session))
             most = session.recipe.plan.swaps
             found = improve(problem.prices, problem.constraints, solution.choice, explore, confirm, most=most)
