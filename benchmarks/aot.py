@@ -24,7 +24,16 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from circuitpress_kernels import decode_triton, launch_triton, slices_triton
+from circuitpress_kernels import (
+    decode_triton,
+    experts_triton,
+    fused_launch_triton,
+    fused_triton,
+    kv_triton,
+    launch_triton,
+    slices_triton,
+)
+from circuitpress_kernels.kv import CacheForm
 from circuitpress_kernels.slices import BOOK, DENSE, SPARSE, TILE_ROWS, TRELLIS, bits_of, fields_of
 
 TARGETS = {
@@ -42,10 +51,29 @@ MIXED = (2, 3, 4, 8, DENSE)
 POINTERS = {
     "x": "", "gathered": "", "weight": "", "y": "", "words": "*i16", "scales": "*fp16", "zeros": "*u8",
     "pieces": "*i32", "programs": "*i32", "partials": "*fp32", "order": "*i32", "tiles": "*i32", "columns": "*i32",
-    "bias": "*fp32",
+    "bias": "*fp32", "gain": "", "out": "", "residual": "", "numbers": "", "sources": "*i32", "factors": "*fp32",
+    "places": "*i32", "starts": "*i32", "active": "*i32", "choices": "*i32", "codes": "*u8", "table": "*i32",
+    "eps": "fp32",
 }  # fmt: skip
-"""Types of the kernels' pointers; those of activations have the case's type."""
-ALIGNED = ("stride", "cols", "rows")
+"""Types of the kernels' pointers, and of what is no int32; those of activations have the case's type."""
+AROUND = ("add_pieces", "finish_experts", "finish_rows", "prepare_row", "read_block")
+"""Kernels that read no packed weights."""
+STREAMS = ("slice_pieces", "expert_pieces")
+"""Kernels that read them."""
+CONSTANTS = {
+    "finish_experts": {"BLOCK": experts_triton.FINISHED, "GATED": True},
+    "finish_rows": {"BLOCK": fused_launch_triton.FINISHED, "RESIDUAL": True, "GATED": True},
+    "prepare_row": {
+        "NORM": True,
+        "TURN": True,
+        "WIDE": 4096,
+        "BLOCK": 128,
+        "LOG": 7,
+        "BLOCKS": fused_launch_triton.BLOCKS,
+    },
+    "read_block": kv_triton.cache_constants(CacheForm((4, 8) * 4, 128, 64)),
+}
+ALIGNED = ("stride", "cols", "rows", "turned", "width", "code_stride", "scale_stride")
 """Numbers that Triton finds divisible by 16 at a launch for the usual sizes."""
 
 
@@ -82,9 +110,12 @@ def cases(*, quick: bool) -> Iterator[Case]:
             for kind in ((2, 3, 4, 8) if main else (4,)) if quick else (2, 3, 4, 8) if hip else whole:
                 size = widest // 2 if kind != SPARSE and fields_of(kind) == 16 else widest
                 yield Case("slice_pieces", (kind,), size, type_, target)
+                if kind == 4 and (main or not quick):
+                    yield Case("expert_pieces", (kind,), size, type_, target)
             if main or not (quick or hip):
                 yield Case("slice_pieces", MIXED, 64, type_, target)
-            yield Case("add_pieces", (), 128, type_, target)
+            for name in AROUND if main or hip or not quick else AROUND[:1]:
+                yield Case(name, (), 128, type_, target)
             if not quick:
                 yield Case("decode_pieces", (4,), 128, type_, target)
                 yield Case("gather_activations", (), 128, type_, target)
@@ -93,25 +124,26 @@ def cases(*, quick: bool) -> Iterator[Case]:
 def inspect(case: Case) -> dict[str, Any]:
     """One row of the table."""
     target = TARGETS[case.target]
-    kernel = getattr(slices_triton, case.name, None) or getattr(decode_triton, case.name)
+    modules = slices_triton, decode_triton, experts_triton, fused_triton, kv_triton
+    kernel = next(getattr(module, case.name) for module in modules if hasattr(module, case.name))
     hip = target.backend == "hip"
-    options: dict[str, Any] = launch_triton.options(hip) if case.name == "slice_pieces" else launch_triton.OTHER_OPTIONS
+    options: dict[str, Any] = launch_triton.options(hip) if case.name in STREAMS else launch_triton.OTHER_OPTIONS
     constants = {
         "KINDS": sum(1 << kind for kind in case.kinds), "ROWS": TILE_ROWS, "SIZE": case.size, "EVEN": True, "SHIFT": 0,
         "BATCH": launch_triton.rows_of_a_pass(hip), "BFLOAT": case.type == "bf16", "ASM": not hip,
         "DOT": TYPES[case.type], "BIAS": True, "BLOCK": 1024,
-    }  # fmt: skip
+    } | CONSTANTS.get(case.name, {})  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: POINTERS.get(name, "i32") or f"*{case.type}" for name in kernel.arg_names}
     signature |= dict.fromkeys(constants, "constexpr")
-    found = compile_for(kernel, signature, constants, options, target, aligned=(*POINTERS, *ALIGNED))
+    found = compile_for(kernel, signature, constants, options, target, aligned=(*(set(POINTERS) - {"eps"}), *ALIGNED))
     kind = case.kinds[0] if case.kinds else SPARSE
     bits = None if kind == SPARSE else (kind - TRELLIS) / 2 if kind > TRELLIS else bits_of(kind)
     turn = TILE_ROWS * case.size * fields_of(kind) if bits else 0
     loop = found.pop("loop", None)
     row = {"kernel": case.name, "target": case.target, "type": case.type, "kinds": list(case.kinds)} | found
     row["shared_limit"] = SHARED_LIMIT[case.target]
-    if loop and case.name == "slice_pieces" and len(case.kinds) == 1 and bits:
+    if loop and case.name in STREAMS and len(case.kinds) == 1 and bits:
         threads = 32 * options["num_warps"]
         row["instructions_per_weight"] = round(len(loop) * threads / turn, 2)
         row["budget"] = round(INSTRUCTIONS_A_BYTE * (bits + 0.125) / 8, 2)

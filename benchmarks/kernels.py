@@ -4,7 +4,10 @@
 2. Weights are copied until they exceed 240 MB, four times the cache of a large GPU, and a CUDA graph calls the product
    once with each copy: what is measured reads memory and launches as a decoder in a graph does. A figure is the median
    of replays, by the number of copies.
-3. `mixed` is one matrix of 2-, 3-, 4- and 8-bit rows with about the bytes of 4 bits; its `floor_fraction` beside that
+3. `norm and gates` rows are gate and up of a decoder: an RMSNorm before them and SwiGLU behind, in three launches or
+   with torch's own kernels around the product. `cache` rows read the packed keys of a layer, `experts` rows multiply
+   with those that tokens choose.
+4. `mixed` is one matrix of 2-, 3-, 4- and 8-bit rows with about the bytes of 4 bits; its `floor_fraction` beside that
    of 4 bits is what mixing costs.
 
 Peers, where they are installed: torch in bfloat16, bitsandbytes NF4, torchao int4, GemLite; groups of 128 (NF4: 64). A
@@ -22,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +68,10 @@ def main(dry_run: bool, minutes: float, out: Path) -> None:
         for row in measure(n, k, DRY_BATCHES if dry_run else BATCHES, device, bandwidth):
             rows.append(row)
             click.echo(json.dumps(row))
+    lengths = (100,) if dry_run else (2048, 8192)
+    for row in chain(caches(lengths, device, bandwidth), chosen_experts(device, bandwidth)):
+        rows.append(row)
+        click.echo(json.dumps(row))
     if not dry_run:
         from common import save_results
 
@@ -77,6 +85,8 @@ def measure(n: int, k: int, batches: tuple[int, ...], device: str, bandwidth: fl
     candidates: list[tuple[str, int | str, Callable[[], tuple[Product, int, int]]]] = [
         *(("circuitpress", bits, lambda bits=bits: ours(n, k, {bits: 1.0}, device)) for bits in (2, 3, 4, 8)),
         ("circuitpress", "mixed", lambda: ours(n, k, MIXED, device)),
+        ("circuitpress, norm and gates fused", 4, lambda: gated(n, k, device, fused=True)),
+        ("circuitpress, norm and gates in torch", 4, lambda: gated(n, k, device, fused=False)),
         ("torch bfloat16", 16, lambda: dense(n, k, device)),
     ]
     if device == "cuda":
@@ -108,10 +118,106 @@ def measure(n: int, k: int, batches: tuple[int, ...], device: str, bandwidth: fl
             yield row | {"error": f"{type(error).__name__}: {str(error)[:200]}"}
 
 
+def caches(lengths: tuple[int, ...], device: str, bandwidth: float | None) -> Iterator[dict[str, Any]]:
+    """Reading packed keys of one layer, 8 KV heads of 128: n tokens of k numbers; the floor counts what is written."""
+    from circuitpress_kernels.kv import CacheForm, CacheRows, head_table, pack_cache
+    from circuitpress_kernels.kv_triton import read_rows
+
+    heads, dim, group = (2, 32, 4) if device == "cpu" else (8, 128, 64)
+    dtype = torch.float16 if device == "cpu" else torch.bfloat16
+    for tokens in lengths:
+        for name, bits in ((4, (4,)), (8, (8,)), ("mixed", (4, 8))):
+            form = CacheForm(bits * (heads // len(bits)), dim, group)
+            table = head_table(form).to(device)
+            for batch in (1, 8):
+                first = pack_cache(torch.randn(batch, heads, tokens, dim, device=device).to(dtype), form)
+                size = sum(tensor.nbytes for tensor in first) + 2 * batch * heads * tokens * dim
+                copies = copies_of(size, device)
+                rows = [first, *(CacheRows(*(tensor.clone() for tensor in first)) for _ in range(copies - 1))]
+                x = torch.zeros(1, device=device)
+
+                def read(_: Tensor, number: int, rows: Any = rows, form: Any = form, table: Tensor = table) -> Tensor:
+                    return read_rows(rows[number], form, table, dtype)
+
+                seconds = graph_seconds(read, x, copies) if bandwidth else once(read, x)
+                yield {
+                    "n": tokens, "k": heads * dim, "bits": name, "method": "circuitpress cache", "batch": batch,
+                    "bytes": size, "microseconds": None if seconds is None else 1e6 * seconds,
+                    "floor_fraction": None if seconds is None or bandwidth is None else size / bandwidth / seconds,
+                }  # fmt: skip
+
+
+def chosen_experts(device: str, bandwidth: float | None) -> Iterator[dict[str, Any]]:
+    """Gate and up of a layer of 64 experts in 4 bits, of which every token takes 6: the floor counts those chosen."""
+    from circuitpress_kernels.experts import Experts, stack_experts
+    from circuitpress_kernels.experts_triton import expert_product
+
+    count, n, k, each = (4, 64, 96, 2) if device == "cpu" else (64, 2816, 2048, 6)
+    dtype = torch.float16 if device == "cpu" else torch.bfloat16
+    parts = [random_parts(n, k, {4: 1.0}, device) for _ in range(count)]
+    first = stack_experts(parts, rows=n, cols=k, dtype=dtype, programs=4 if device == "cpu" else 64)
+    size = sum(tensor.nbytes for tensor in first[:3])
+    copies = copies_of(size, device)
+    layers = [first, *(Experts(*(t.clone() for t in first[:-1]), form=first.form) for _ in range(copies - 1))]
+    for batch in (1, 4) if device == "cpu" else (1, 4, 8, 32):
+        choice = torch.stack([torch.randperm(count, device=device)[:each] for _ in range(batch)])
+        x = torch.randn(batch, k, device=device).to(dtype)
+
+        def product(x: Tensor, number: int, choice: Tensor = choice) -> Tensor:
+            return expert_product(x, layers[number], choice, gated=True)
+
+        seconds = graph_seconds(product, x, copies) if bandwidth else once(product, x)
+        read = size * len(choice.unique()) // count
+        yield {
+            "n": n, "k": k, "bits": 4, "method": "circuitpress experts", "batch": batch, "bytes": read,
+            "microseconds": None if seconds is None else 1e6 * seconds,
+            "floor_fraction": None if seconds is None or bandwidth is None else read / bandwidth / seconds,
+        }  # fmt: skip
+
+
 def ours(n: int, k: int, shares: dict[int, float], device: str) -> tuple[Product, int, int]:
     """(product, copies, bytes) of a random matrix with rows of the given bits."""
-    from circuitpress_kernels import Part, SliceMatrix, lay_out
     from circuitpress_kernels.launch_triton import slice_product
+
+    matrices, size = laid_out(n, k, shares, device)
+    return lambda x, number: slice_product(x, matrices[number], None), len(matrices), size
+
+
+def gated(n: int, k: int, device: str, *, fused: bool) -> tuple[Product, int, int]:
+    """Gates and up of n / 2 neurons each behind an RMSNorm, in 4 bits: fused, or with torch around the product."""
+    from circuitpress_kernels.fused import Around, finish_twin, places_of, prepare_twin
+    from circuitpress_kernels.fused_launch_triton import fused_product
+    from circuitpress_kernels.launch_triton import slice_product
+
+    matrices, size = laid_out(n, k, {4: 1.0}, device)
+    places = [places_of(matrix) for matrix in matrices]
+    gain = torch.ones(k, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float16)
+    around = Around(gain, 1e-6, gated=True)
+    if fused:
+        return lambda x, number: fused_product(x, matrices[number], places[number], around), len(matrices), size
+    plain = Around(gated=True)
+
+    def product(x: Tensor, number: int) -> Tensor:
+        return finish_twin(slice_product(prepare_twin(x, around), matrices[number], None), plain)
+
+    return product, len(matrices), size
+
+
+def laid_out(n: int, k: int, shares: dict[int, float], device: str) -> tuple[list[Any], int]:
+    """Copies of a random matrix in slices with rows of the given bits; the bytes of one."""
+    from circuitpress_kernels import SliceMatrix, lay_out
+
+    parts = random_parts(n, k, shares, device)
+    programs = 6 * torch.cuda.get_device_properties(0).multi_processor_count if device == "cuda" else 12
+    first = lay_out(parts, axis="rows", rows=n, cols=k, dtype=torch.bfloat16, programs=programs)
+    size = sum(tensor.nbytes for tensor in first[:3])
+    copies = copies_of(size, device)
+    return [first, *(SliceMatrix(*(t.clone() for t in first[:-1]), form=first.form) for _ in range(copies - 1))], size
+
+
+def random_parts(n: int, k: int, shares: dict[int, float], device: str) -> list[Any]:
+    """Rows of the given bits, in groups of 128."""
+    from circuitpress_kernels import Part
 
     parts, start = [], 0
     for number, (bits, share) in enumerate(shares.items()):
@@ -119,16 +225,10 @@ def ours(n: int, k: int, shares: dict[int, float], device: str) -> tuple[Product
         groups = (stop - start, -(-k // GROUP))
         codes = torch.randint(0, 2**bits, (stop - start, k), dtype=torch.uint8, device=device)
         scales = (0.01 + 0.01 * torch.rand(groups, device=device)).half()
-        parts.append(
-            Part(start, bits, codes, GROUP, scales, torch.full_like(scales, 2 ** (bits - 1), dtype=torch.uint8))
-        )
+        zeros = torch.full_like(scales, 2 ** (bits - 1), dtype=torch.uint8)
+        parts.append(Part(start, bits, codes, GROUP, scales, zeros))
         start = stop
-    programs = 6 * torch.cuda.get_device_properties(0).multi_processor_count if device == "cuda" else 12
-    first = lay_out(parts, axis="rows", rows=n, cols=k, dtype=torch.bfloat16, programs=programs)
-    size = sum(tensor.nbytes for tensor in first[:3])
-    copies = copies_of(size, device)
-    matrices = [first, *(SliceMatrix(*(t.clone() for t in first[:-1]), form=first.form) for _ in range(copies - 1))]
-    return lambda x, number: slice_product(x, matrices[number], None), copies, size
+    return parts
 
 
 def dense(n: int, k: int, device: str) -> tuple[Product, int, int]:

@@ -103,9 +103,7 @@ def compare(
     _, kl = measure(stream, replace(test_pairs, metric="kl"), case, sets)
     orders = [rankings(stream, pairs, case, heads) for pairs in samples]
     chosen = {("none", 0): [()]} | {("random", k): list(combinations(heads, k)) for k in case.sizes}
-    chosen |= {
-        (ranking, k): [order[ranking][:k] for order in orders] for ranking in orders[0] for k in case.sizes
-    }
+    chosen |= {(ranking, k): [order[ranking][:k] for order in orders] for ranking in orders[0] for k in case.sizes}
     return [
         {
             **about, "behavior": "ioi", "ranking": ranking, "heads": k,

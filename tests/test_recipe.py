@@ -207,5 +207,8 @@ def test_a_target_brings_its_menu_and_refuses_what_it_cannot_hold(folder: Path) 
     assert "one format a matrix" in found and "embedding and lm_head" in found
     (found,) = problems("model: model\nplan: {target: onnx}", folder)
     assert found.startswith("plan.target:")
+    for lost in ("quantize: {correct: true}", "refine: {steps: 9}"):
+        (found,) = problems(f"model: model\nplan: {{target: gguf}}\n{lost}", folder)
+        assert "would be lost in gguf" in found
     for target, menu in TARGET_MENUS.items():
         assert refuse_formats(target, menu) == []

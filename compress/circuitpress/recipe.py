@@ -243,6 +243,9 @@ class Recipe(_Section):
             problems.append(f"plan.granularity: {plan.target} holds one format a matrix")
         if plan.target in TARGET_FORMATS and OUTER_FORMAT.fullmatch(plan.outer) and plan.outer.startswith("int"):
             problems.append(f"plan.outer: {plan.target} keeps embedding and lm_head at 16 bits, or in float32")
+        if plan.target == "gguf" and (self.quantize.correct or self.refine.steps):
+            lost = "quantize.correct and refine would be lost in gguf"
+            problems.append(f"plan.target: llama.cpp rounds the original by itself: {lost}")
         if problems:
             raise ValueError("; ".join(problems))
         return self

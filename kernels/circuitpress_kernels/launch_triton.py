@@ -19,7 +19,7 @@ from torch import Tensor
 from triton import knobs
 
 from .decode_triton import decode_pieces, gather_activations
-from .slices import KINDS, SPARSE, TILE_ROWS, SliceMatrix, fields_of
+from .slices import KINDS, SPARSE, TILE_ROWS, SliceForm, SliceMatrix, fields_of
 from .slices_triton import add_pieces, slice_pieces
 
 MOST_ROWS = 32
@@ -33,26 +33,38 @@ _GATHERED = 1024
 def slice_product(x: Tensor, matrix: SliceMatrix, bias: Tensor | None) -> Tensor:
     """`slice_linear` on the device of `x`, for any batch of 1 or more. Shapes as there."""
     form, batch = matrix.form, x.shape[0]
-    if matrix.columns.numel():
-        x = _gather(x, matrix.columns)
-    elif x.stride(1) != 1:
-        x = x.contiguous()
     if batch > MOST_ROWS:
+        x = _gathered(x, matrix)
         weight = slice_scratch(matrix, x.shape[1], x.dtype)
         return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    hip = torch.version.hip is not None
-    lanes = rows_of_a_pass(hip)
-    passes = triton.cdiv(batch, lanes)
-    partials = x.new_empty(len(matrix.pieces), passes * lanes, TILE_ROWS, dtype=torch.float32)
-    slice_pieces[(passes, len(matrix.programs) - 1)](
-        x, x.stride(0), batch, x.shape[1], *matrix[:5], partials, **constants(matrix, x.dtype, hip), **options(hip)
-    )  # fmt: skip
+    partials, passes, lanes = slice_partials(x, matrix)
     y = x.new_empty(batch, form.rows)
     add_pieces[(len(matrix.order), passes)](
         partials, matrix.tiles, matrix.order, partials if bias is None else bias, y, batch, form.rows,
         ROWS=TILE_ROWS, BATCH=lanes, BIAS=bias is not None, **OTHER_OPTIONS,
     )  # fmt: skip
     return y
+
+
+def slice_partials(x: Tensor, matrix: SliceMatrix) -> tuple[Tensor, int, int]:
+    """The sums of all pieces, float32 [pieces, passes * rows of a pass, 32]; passes; rows of a pass."""
+    x, batch = _gathered(x, matrix), x.shape[0]
+    hip = torch.version.hip is not None
+    lanes = rows_of_a_pass(hip)
+    passes = triton.cdiv(batch, lanes)
+    partials = x.new_empty(len(matrix.pieces), passes * lanes, TILE_ROWS, dtype=torch.float32)
+    slice_pieces[(passes, len(matrix.programs) - 1)](
+        x, x.stride(0), batch, x.shape[1], *matrix[:5], partials,
+        **constants(matrix.form, x.dtype, hip, even=matrix.columns.numel() > 0), **options(hip),
+    )  # fmt: skip
+    return partials, passes, lanes
+
+
+def _gathered(x: Tensor, matrix: SliceMatrix) -> Tensor:
+    """Activations in the order of the matrix, with unit stride."""
+    if matrix.columns.numel():
+        return _gather(x, matrix.columns)
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def rows_of_a_pass(hip: bool) -> int:
@@ -65,15 +77,14 @@ def options(hip: bool) -> dict[str, object]:
     return {"num_warps": 4 if hip else 2, "num_stages": 2 if hip else 3, "enable_fp_fusion": True}
 
 
-def constants(matrix: SliceMatrix, dtype: torch.dtype, hip: bool) -> dict[str, object]:
-    """The constants of `slice_pieces` for activations of `dtype`."""
-    form = matrix.form
+def constants(form: SliceForm, dtype: torch.dtype, hip: bool, *, even: bool) -> dict[str, object]:
+    """The constants of `slice_pieces` for activations of `dtype`; `even` if there is one for every column of slices."""
     interpreted = knobs.runtime.interpret
     dot = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, tl.float32)
     wide = form.size * max(fields_of(kind) for kind in range(2, KINDS) if form.kinds >> kind & 1)
     return {
         "KINDS": form.kinds, "ROWS": TILE_ROWS, "SIZE": form.size, "BATCH": rows_of_a_pass(hip),
-        "EVEN": matrix.columns.numel() > 0 or form.cols % wide == 0, "SHIFT": form.shift, "BFLOAT": form.bfloat,
+        "EVEN": even or form.cols % wide == 0, "SHIFT": form.shift, "BFLOAT": form.bfloat,
         "ASM": not interpreted and not hip and dtype != torch.float32,
         "DOT": tl.float32 if interpreted and dtype == torch.bfloat16 else dot,
     }  # fmt: skip

@@ -100,15 +100,17 @@ def lay_out(
     dtype: torch.dtype,
     programs: int = 1024,
     widest: int = 128,
+    like: Sequence[Part] = (),
 ) -> SliceMatrix:
     """Lays a matrix [rows, cols] out for `programs` programs; dense parts are stored as `dtype`.
 
     Parts follow each other along `axis`, "rows" or "cols". Slices have at most `widest` columns, a power of two from 32
-    to 128. ValueError for a group size that is no multiple of 16 and below the part's columns.
+    to 128, and with their groups fit the parts `like` as well. ValueError for a group size that is no multiple of 16
+    and below the part's columns.
     """
     device = parts[0].values.device
-    size = _slice_size(parts, widest)
-    shift = _shift(parts, size, axis)
+    size = _slice_size(like or parts, widest)
+    shift = _shift(like or parts, size, axis)
     by_format: dict[tuple[int, ...], list[Part]] = {}
     for number, part in enumerate(parts):
         # Codebooks, and scales of rings, belong to rows, so that parts of columns cannot share a run.

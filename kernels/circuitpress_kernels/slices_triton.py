@@ -153,6 +153,42 @@ def _sparse(x, stride, batch, words, values, count, ROWS: tl.constexpr, BATCH: t
 
 
 @triton.jit
+def piece_total(
+    entry, x, stride, batch, cols, words, scales, zeros,
+    KINDS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, BATCH: tl.constexpr, EVEN: tl.constexpr,
+    SHIFT: tl.constexpr, BFLOAT: tl.constexpr, ASM: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """The sums [ROWS, BATCH] of the piece at `entry`. Lane b reads at x + b * stride; `x` may differ between lanes."""
+    kind = tl.load(entry)
+    words_at = words + tl.load(entry + 1).to(tl.int64) * 16
+    scale_at = tl.load(entry + 2).to(tl.int64) * ROWS
+    first = tl.load(entry + 3)
+    within = tl.load(entry + 4)
+    count = tl.load(entry + 5)
+    books = scales + tl.load(entry + 6).to(tl.int64) * ROWS
+    total = tl.zeros((ROWS, BATCH), tl.float32)
+    for candidate in tl.static_range(1, _END):
+        if KINDS & (1 << candidate):  # noqa: SIM102 (decided when it is compiled)
+            if kind == candidate:
+                if candidate == _SPARSE:
+                    total = _sparse(x, stride, batch, words_at, scales + scale_at, count, ROWS, BATCH)
+                elif candidate == _DENSE:
+                    total = _dense(x, stride, batch, cols, words_at, first, count, ROWS, SIZE, BATCH, EVEN, BFLOAT, DOT)
+                elif known("trellis", candidate):
+                    total = _trellis(
+                        x, stride, batch, cols, words_at, scales + scale_at + (within >> SHIFT) * ROWS, first,
+                        count, candidate, ROWS, SIZE, BATCH, EVEN, DOT,
+                    )  # fmt: skip
+                else:
+                    total = _coded(
+                        x, stride, batch, cols, words_at, scales + scale_at, zeros + scale_at, books, first, within,
+                        count, known("bits", candidate), known("books", candidate), ROWS, SIZE,
+                        BATCH, EVEN, SHIFT, ASM, DOT,
+                    )  # fmt: skip
+    return total
+
+
+@triton.jit
 def slice_pieces(
     x, stride, batch, cols, words, scales, zeros, pieces, programs, partials,
     KINDS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, BATCH: tl.constexpr, EVEN: tl.constexpr,
@@ -169,35 +205,10 @@ def slice_pieces(
     x += done * stride
     batch -= done
     for piece in tl.range(tl.load(programs + program), tl.load(programs + program + 1)):
-        entry = pieces + piece * 8
-        kind = tl.load(entry)
-        words_at = words + tl.load(entry + 1).to(tl.int64) * 16
-        scale_at = tl.load(entry + 2).to(tl.int64) * ROWS
-        first = tl.load(entry + 3)
-        within = tl.load(entry + 4)
-        count = tl.load(entry + 5)
-        books = scales + tl.load(entry + 6).to(tl.int64) * ROWS
-        total = tl.zeros((ROWS, BATCH), tl.float32)
-        for candidate in tl.static_range(1, _END):
-            if KINDS & (1 << candidate):  # noqa: SIM102 (decided when it is compiled)
-                if kind == candidate:
-                    if candidate == _SPARSE:
-                        total = _sparse(x, stride, batch, words_at, scales + scale_at, count, ROWS, BATCH)
-                    elif candidate == _DENSE:
-                        total = _dense(
-                            x, stride, batch, cols, words_at, first, count, ROWS, SIZE, BATCH, EVEN, BFLOAT, DOT
-                        )
-                    elif known("trellis", candidate):
-                        total = _trellis(
-                            x, stride, batch, cols, words_at, scales + scale_at + (within >> SHIFT) * ROWS, first,
-                            count, candidate, ROWS, SIZE, BATCH, EVEN, DOT,
-                        )  # fmt: skip
-                    else:
-                        total = _coded(
-                            x, stride, batch, cols, words_at, scales + scale_at, zeros + scale_at, books, first, within,
-                            count, known("bits", candidate), known("books", candidate), ROWS, SIZE,
-                            BATCH, EVEN, SHIFT, ASM, DOT,
-                        )  # fmt: skip
+        total = piece_total(
+            pieces + piece * 8, x, stride, batch, cols, words, scales, zeros,
+            KINDS, ROWS, SIZE, BATCH, EVEN, SHIFT, BFLOAT, ASM, DOT,
+        )  # fmt: skip
         lane = tl.arange(0, BATCH)[None, :]
         at = (piece * lanes + done + lane) * ROWS + tl.arange(0, ROWS)[:, None]
         tl.store(partials + at, total, mask=lane < batch)

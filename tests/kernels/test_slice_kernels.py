@@ -33,7 +33,7 @@ def test_kernels_on_a_gpu_match_float64_and_the_twin() -> None:
 
 def test_compiled_kernels_keep_their_budgets(tmp_path: Path) -> None:
     found = lines("aot.py", "--quick", TRITON_CACHE_DIR=str(tmp_path))
-    assert len(found) == 12
+    assert len(found) == 21
     for line in found:
         target, case = line["target"], f"{line['kernel']} {line['kinds']} {line['target']} {line['type']}"
         assert line["registers"] <= REGISTER_LIMIT[target], case
@@ -42,14 +42,20 @@ def test_compiled_kernels_keep_their_budgets(tmp_path: Path) -> None:
         assert line["spills"] <= (64 if len(line["kinds"]) > 1 else 0), case
         assert line.get("spills_in_loop", 0) == 0, case
         assert line.get("instructions_per_weight", 0) <= line.get("budget", 0), case
-        if line["kernel"] == "slice_pieces":
+        if line["kernel"] in ("slice_pieces", "expert_pieces"):
             assert line["widest"] == 16, case
             assert line["tensor_cores"], case
-    assert sum("budget" in line for line in found) == 6
+    assert sum("budget" in line for line in found) == 7
 
 
 def test_the_benchmark_goes_through_every_path_without_a_gpu() -> None:
     found = lines("kernels.py", "--dry-run", TRITON_INTERPRET="1")
+    cached = [line for line in found if line["method"] == "circuitpress cache"]
+    assert [(line["bits"], line["batch"]) for line in cached] == [(b, n) for b in (4, 8, "mixed") for n in (1, 8)]
+    experts = [line for line in found if line["method"] == "circuitpress experts"]
+    assert [line["batch"] for line in experts] == [1, 4]
+    found = [line for line in found if line not in [*cached, *experts]]
+    assert sum("norm and gates" in line["method"] for line in found) == 2 * 2 * 3
     assert {(line["bits"], line["batch"]) for line in found} == {
         (bits, batch) for bits in (2, 3, 4, 8, "mixed", 16) for batch in (1, 9, 40)
     }

@@ -29,7 +29,7 @@ from torch import Tensor
 from circuitpress_kernels.trellis import SPREAD, trellis_table, trellis_values
 
 from .base import Format, pack_bits, packed_size, unpack_bits
-from .rotation import rotate, unrotate
+from .rotation import Block, block_of, rotate, signs, unrotate
 
 STRIP = 4
 """Columns of a strip. Errors are fed back from strip to strip, not inside: strips of 16 have 24 % more error, strips of
@@ -212,3 +212,8 @@ def strip_codes(scales: Tensor) -> Tensor:
 def rotate_inputs(matrix: Tensor) -> Tensor:
     """Puts the last axis, that of the columns or of inputs, into the basis of the codes."""
     return rotate(matrix, _SALT)
+
+
+def input_basis(length: int, *, device: torch.device | None = None) -> tuple[Tensor, Block]:
+    """What `rotate_inputs` does to an axis of `length`: it multiplies by signs float32 [length], then mixes blocks."""
+    return signs(length, _SALT, device=device), block_of(length)

@@ -3,7 +3,7 @@
 1. The model stands on the meta device: each module that config.json lists is swapped for a `PackedLinear` or a
    `PackedEmbedding`; an lm_head tied to that becomes a `PackedLinear` that shares its tensors.
 2. transformers reads the flat tensors into them; these stay as stored, whatever `dtype` was asked for.
-3. Module after module is repacked for that `dtype` and for the device that it landed on.
+3. Module after module is repacked for that `dtype` and for the device that it landed on; on a GPU layers are fused.
 
 A process that did not import circuitpress finds 1-D bytes where it expects a matrix, and transformers raises: it does
 not go on with random weights, as it would if the tensors had other names.
@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import CheckpointError, CircuitpressError
 from .descriptor import Descriptor
 from .embedding import PackedEmbedding, packed_embeddings, share, tied_head
+from .fusion import can_fuse, fuse_layers
 from .linear import PackedLinear, packed_linears
 
 METHOD = "circuitpress"
@@ -86,7 +87,11 @@ class CircuitpressQuantizer(HfQuantizer):
             share(embeddings[name], linears[head])
         for name, module in linears.items():
             _refuse_missing(name, module.stored)
-            module.repack(self.compute_dtype)
+        if can_fuse(model, self.compute_dtype):
+            fuse_layers(model, self.compute_dtype)
+        for module in packed_linears(model).values():
+            if module.form == "stored":
+                module.repack(self.compute_dtype)
         heads = {name: linears[head] for head, name in self.tied.items()}
         for name, module in embeddings.items():
             _refuse_missing(name, module.stored)
