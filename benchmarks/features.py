@@ -11,6 +11,8 @@ Plans are made alike: prices are those of the text. Measured on test text: KL, t
 (correlation of 0.9 with the original), of all that fire often enough and of the --top that cost most to close there,
 and every built-in behavior that the dense model does, on its accuracy and margin.
 
+Then, at every --side-budget, features as a side path of low rank for the matrices that read them (`side_paths.py`).
+
     python benchmarks/features.py --checkpoint DIR --text FILE --test FILE [--budget 2.5bpw] [--sae DIR]
 """
 
@@ -37,7 +39,9 @@ from circuitpress.run.saes import train_sae
 from circuitpress.run.sparing import FOLDER
 from circuitpress.score.ability import ability
 from circuitpress.stream import Stream, open_stream
+from circuitpress.units import Prices
 from common import load_rows, readable_text, save_results
+from side_paths import side_paths
 
 _PATH = click.Path(path_type=Path, exists=True)
 LENGTH = 256
@@ -45,6 +49,7 @@ LENGTH = 256
 
 @click.command()
 @click.option("--checkpoint", type=_PATH, required=True)
+@click.option("--name", help="of the checkpoint in the results; default: its folder's")
 @click.option("--text", type=_PATH, required=True, help="calibration text")
 @click.option("--test", type=_PATH, required=True, help="test text")
 @click.option("--sae", "sae_folder", type=_PATH, help="an SAE of L<layer>.resid_post; default: train one")
@@ -56,16 +61,21 @@ LENGTH = 256
 @click.option("--weight", "weights", type=float, multiple=True, default=(0.3, 1.0, 3.0), show_default=True)
 @click.option("--draws", default=2, show_default=True, help="shuffled controls for each weight")
 @click.option("--windows", default=64, show_default=True, help="of 256 tokens, to calibrate on")
+@click.option("--side-budget", "side_budgets", type=float, multiple=True, default=(2.5, 3.0, 4.0), show_default=True)
+@click.option("--rank", "ranks", type=int, multiple=True, default=(1, 4, 16), show_default=True, help="of side paths")
+@click.option("--side-windows", default=32, show_default=True, help="of test text, to measure side paths on")
 @click.option("--file", type=_PATH, default=Path("recipes/behaviors/builtin.yaml"), show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("runs/features"), show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/features.json"))
 def main(
-    checkpoint: Path, text: Path, test: Path, sae_folder: Path | None, layer: int, latents: int, tokens: int,
-    budget: str, top: int, weights: Sequence[float], draws: int, windows: int, file: Path, work: Path, out: Path,
+    checkpoint: Path, name: str | None, text: Path, test: Path, sae_folder: Path | None, layer: int, latents: int,
+    tokens: int, budget: str, top: int, weights: Sequence[float], draws: int, windows: int,
+    side_budgets: Sequence[float], ranks: Sequence[int], side_windows: int, file: Path, work: Path, out: Path,
 ) -> None:  # fmt: skip
-    """Compresses once for every method and writes a row for each."""
+    """Compresses once for every method, measures side paths, and writes a row for each."""
     torch.set_num_threads(1)
-    work = work / f"{checkpoint.name}-{budget}"
+    name = name or checkpoint.name
+    work = work / f"{name}-{budget}"
     work.mkdir(parents=True, exist_ok=True)
     quiet = Console(quiet=True, json=False, debug=False)
     tokenizer, stream = AutoTokenizer.from_pretrained(checkpoint), open_stream(checkpoint)
@@ -82,7 +92,10 @@ def main(
     able = [b for b in load_behaviors(file, tokenizer, unfit={}) if ability(stream, b).is_able]
     ids = load_windows(test, tokenizer, length=LENGTH, samples=64, seed=0).ids
     base = recipe_for(checkpoint, text, test, budget, windows)
-    judged = costly(stream, sae, ids, top, work)
+    calibration = load_windows(text, tokenizer, length=LENGTH, samples=windows, seed=0).ids
+    judged = costly(stream, sae, ids, top, work / "judged")
+    assert sae.site is not None  # as `costly` has required
+    same = {"checkpoint": name, "site": str(sae.site)}
     rows: list[dict[str, Any]] = []
 
     def measure(method: str, weight: float, seed: int, choose: Choose | None) -> None:
@@ -92,14 +105,11 @@ def main(
             prepare(recipe, folder, quiet)
             shards = folder / FOLDER / "0"
             if not (shards / "scores.safetensors").exists():  # what lies there is what the run will take
-                calibration = load_windows(text, tokenizer, length=LENGTH, samples=windows, seed=0).ids
                 made = price_features(stream, calibration, sae, choose, folder=shards)
                 made.save(shards / "scores.safetensors")
         document = run_recipe(recipe, folder, quiet)[1]
-        about = {"checkpoint": checkpoint.name, "budget": budget, "method": method, "weight": weight, "seed": seed}
-        rows.append(
-            about | {"top": top, "site": str(sae.site)} | result(document, stream, folder, sae, ids, judged, able)
-        )
+        about = same | {"part": "rounding", "budget": budget, "method": method, "weight": weight, "seed": seed}
+        rows.append(about | {"top": top} | result(document, stream, folder, sae, ids, judged, able))
         click.echo(f"{method} {weight:g}: KL {rows[-1]['kl']:.4f}, {rows[-1]['survivors_top']:.3f} of the top survive")
 
     measure("fisher", 0.0, 0, None)
@@ -107,7 +117,16 @@ def main(
         measure("features", weight, 0, strongest(top))
         for seed in range(draws):
             measure("control:shuffled", weight, seed, shuffled(top, seed))
-    kept = [row for row in load_rows(out) if (row["checkpoint"], row["budget"]) != (checkpoint.name, budget)]
+    priced = work / "fisher-0-0"
+    directions = sae.directions()[costly(stream, sae, calibration, top, work / "strongest")]
+    found = side_paths(
+        stream, calibration, ids[:side_windows], directions, sae.site.layer - (sae.site.name == "resid_pre"),
+        prices=Prices.load(priced / "prices.safetensors"), shards=priced / "pricing", budgets=side_budgets,
+        ranks=ranks, seeds=draws,
+    )  # fmt: skip
+    rows += [same | {"part": "side path"} | row for row in found]
+    told = {(row["part"], row["budget"]) for row in rows}
+    kept = [row for row in load_rows(out) if row["checkpoint"] != name or (row["part"], row["budget"]) not in told]
     save_results(out, kept + rows)
 
 
@@ -136,15 +155,15 @@ def shuffled(top: int, seed: int) -> Choose:
     return choose
 
 
-def costly(stream: Stream, sae: Sae, ids: Tensor, top: int, work: Path) -> list[int]:
-    """The features that cost most to close on the test text."""
+def costly(stream: Stream, sae: Sae, ids: Tensor, top: int, folder: Path) -> list[int]:
+    """The features that cost most to close on a text, the costliest first. `folder` takes the shards."""
     seen: list[Importance] = []
 
     def choose(found: Importance) -> Tensor:
         seen.append(found)
         return strongest(1)(found)
 
-    price_features(stream, ids, sae, choose, folder=work / "judged")
+    price_features(stream, ids, sae, choose, folder=folder)
     return seen[0].closing.topk(top).indices.tolist()
 
 

@@ -54,16 +54,8 @@ def quality() -> str:
         ratios = [f"{value:.2f}" if value is not None else "" for value in (cell.ratio, cell.worst)]
         best = f"{cell.best}: {cell.best_kl:.4g} at {cell.best_bits:.2f}"
         lines.append([cell.checkpoint, cell.text, f"{cell.band[0]:g} to {cell.band[1]:g}", best, ours, *ratios])
-    head = [
-        "checkpoint",
-        "text",
-        "bits",
-        "best peer: KL at real bits",
-        "circuitpress",
-        "ratio",
-        "worst against any peer",
-    ]
-    return _table(head, lines)
+    head = ["checkpoint", "text", "bits", "best peer: KL at real bits", "circuitpress", "ratio"]
+    return _table([*head, "worst against any peer"], lines)
 
 
 def steps() -> str:
@@ -184,12 +176,14 @@ def protection() -> str:
     """Mean logit difference of a trained circuit when few of its parts stay dense, by how they were chosen."""
     rows = _select(_rows("protection.json"), grid="2-bit")
     dense = np.mean([row["dense"] for row in rows])
+    columns = [("shared", heads) for heads in (0, 1, 2, 3)] + [("whole", heads) for heads in (0, 1)]
     lines = []
     for (ranking,) in _keys(rows, "ranking"):
-        kept = [_mean(rows, "compressed", ranking=ranking, heads=heads) for heads in (0, 1, 2, 3)]
+        kept = [_mean(rows, "compressed", ranking=ranking, setting=setting, heads=n) for setting, n in columns]
         lines.append([ranking.replace("_", " "), *("" if np.isnan(value) else f"{value:.2f}" for value in kept)])
-    lines.append(["(dense)", f"{dense:.2f}", "", "", ""])
-    return _table(["which heads stay", "none", "1 head", "2 heads", "3 heads"], lines)
+    lines.append(["(dense)", f"{dense:.2f}", *[""] * 5])
+    head = ["which heads stay", "none", "1 head", "2 heads", "3 heads", "nothing at all", "1 whole head"]
+    return _table(head, lines)
 
 
 def kept() -> str:
@@ -208,6 +202,31 @@ def kept() -> str:
     head = ["checkpoint", "behavior", "budget", "right: dense / told nothing / told to keep"]
     head += ["margin: dense / told nothing / told to keep", "KL on text", "likeness to text"]
     return _table(head, lines)
+
+
+def spared() -> str:
+    """Rounding that is told which SAE features matter, beside a control."""
+    rows = _select(_rows("features.json"), part="rounding")
+    names, lines = ("kl", "correlation_top", "survivors_top"), []
+    for checkpoint, budget, method in _keys(rows, "checkpoint", "budget", "method"):
+        means = [_mean(rows, name, checkpoint=checkpoint, budget=budget, method=method) for name in names]
+        lines.append([checkpoint, budget, method, *(f"{value:.4g}" for value in means)])
+    head = ["checkpoint", "budget", "rounded with", "KL", "costliest features: mean correlation"]
+    return _table([*head, "share that survives"], lines)
+
+
+def paths() -> str:
+    """Side paths of low rank beside as many bytes of bits."""
+    rows = _select(_rows("features.json"), part="side path")
+    kinds, lines = ("bits", "no path", "random", "features", "eigenvectors", "best"), []
+    for checkpoint, budget, rank, bits in _keys(rows, "checkpoint", "budget", "rank", "side_bits"):
+        at = {"checkpoint": checkpoint, "budget": budget}
+        mine = [*_select(rows, **at, method="bits"), *_select(rows, **at, rank=rank)]
+        kl = [[_mean(mine, "kl", method=kind + more) for more in ("", ", rounded for it")] for kind in kinds]
+        if rank:
+            cells = [" / ".join(f"{value:.4g}" for value in pair if np.isfinite(value)) for pair in kl]
+            lines.append([checkpoint, budget, f"{rank} ({bits:.2f} bits)", *cells])
+    return _table(["checkpoint", "budget", "rank", "all bytes are bits", "unspent", *kinds[2:]], lines)
 
 
 def clock() -> str:
@@ -309,6 +328,19 @@ def memory() -> str:
     return _table(head, lines)
 
 
+def kv() -> str:
+    """KL of packed key-value caches, at the bytes of the uniform one with 4 bits and of that with 8."""
+    rows = [row for row in _rows("kv.json") if "checkpoint" in row]
+    methods = ("uniform 8", "planned, bytes of 8", "uniform 4", "planned, bytes of 4", "control:shuffled, bytes of 4")
+    methods += ("transformers quanto 4, groups of 64",)
+    lines = []
+    for checkpoint, context in _keys(rows, "checkpoint", "context"):
+        kl = [_mean(rows, "kl", checkpoint=checkpoint, context=context, method=name) for name in methods]
+        lines.append([checkpoint, str(context), *("" if np.isnan(value) else f"{value:.2g}" for value in kl)])
+    head = ["checkpoint", "context", "uniform 8", "planned at its bytes", "uniform 4", "planned at its bytes"]
+    return _table([*head, "that plan, heads shuffled", "transformers, quanto 4"], lines)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "quality": quality,
     "steps": steps,
@@ -321,10 +353,13 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "behavior": behavior,
     "protection": protection,
     "kept": kept,
+    "spared": spared,
+    "paths": paths,
     "clock": clock,
     "speed": speed,
     "memory": memory,
     "latency": latency,
+    "kv": kv,
     "exports": exports,
     "harness": harness,
     "aot": aot,

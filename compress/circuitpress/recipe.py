@@ -130,8 +130,8 @@ class Quantize(_Section):
     polish: bool = True
     """Improve codes and scales after rounding by coordinate descent: 5 to 13 % less KL for 2.4 times the rounding."""
     correct: bool = False
-    """Round for the inputs that the model will see behind its own rounded prefix: a quarter to a third less KL without
-    refinement, 5 % with it, for a rounding that takes several forward passes."""
+    """Round for the inputs that the model will meet behind its own rounded prefix: about a quarter less KL on text like
+    the calibration text, less elsewhere; several forward passes more for every plan that is measured or made."""
 
 
 class Refine(_Section):
