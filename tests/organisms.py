@@ -12,9 +12,7 @@ two heads of the circuit.
 `ioi` loads the script that trained the checkpoints in tests/data/ioi, for its prompts.
 """
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +22,8 @@ from torch import Tensor
 
 from circuitpress.behaviors import Behavior, Pairs
 from circuitpress.units import UnitId
+
+from .scripts import load_script
 
 TOKENS, POSITIONS, HEADS, WIDTH = 20, 24, 4, 24
 TOK, POS = slice(0, 20), slice(20, 44)
@@ -137,13 +137,7 @@ def repeated_tokens(n: int = 48, seed: int = 0) -> Behavior:
 
 def ioi() -> ModuleType:
     """benchmarks/lab/ioi.py as a module (benchmarks/ is no package)."""
-    path = Path(__file__).parents[1] / "benchmarks" / "lab" / "ioi.py"
-    spec = importlib.util.spec_from_file_location("lab_ioi", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["lab_ioi"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/lab/ioi.py")
 
 
 def parts(layers: int, heads: int, neurons: int) -> dict[str, tuple[UnitId, ...]]:

@@ -1,6 +1,5 @@
 """The reference is what the code says; recipes and scripts that the documents name are there."""
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -9,15 +8,14 @@ import yaml
 
 from circuitpress.recipe import Recipe
 
+from .scripts import load_script
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 def test_the_reference_is_up_to_date() -> None:
-    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "reference.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("docs/reference.py")
     assert module.render() == module.PAGE.read_text(), "run python docs/reference.py"
 
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from circuitpress.apply import apply
+from circuitpress.evaluate import fidelity
 from circuitpress.prefix import SHARE
 from circuitpress.price import load_saliency, price
+from circuitpress.probe import probe
 from circuitpress.quantize import quantize_matrix
 from circuitpress.rounding import segments_by_module
 from circuitpress.segments import Granularity
@@ -106,6 +108,35 @@ def test_a_resumed_run_gives_the_same_bytes(
         correct=True,
     )  # fmt: skip
     assert contents(out) == before
+
+
+def test_probes_measure_the_model_that_will_be_written(tiny_llama: Path, tmp_path: Path) -> None:
+    out, plan = write(tiny_llama, tmp_path)
+    ids, held_out, stream = tokens(6, 15), tokens(4, 15, seed=1), open_stream(tiny_llama)
+    prices = price(stream, ids, formats=FORMATS, folder=tmp_path / "priced")[1]
+    found = {
+        correct: probe(
+            stream, calibration=ids, held_out=held_out, prices=prices, saliency=tmp_path / "priced", formats=[],
+            plans={"plan": plan.decisions}, correct=correct,
+        )[0].measured_kl
+        for correct in (True, False)
+    }  # fmt: skip
+    kl = fidelity(open_stream(out), stream, held_out).divergence.kl
+    assert found[True] == pytest.approx(kl, rel=1e-3)
+    assert found[False] != pytest.approx(kl, rel=1e-2)
+
+
+def test_hessians_beside_join_those_behind_the_prefix(tiny_llama: Path, tmp_path: Path) -> None:
+    """Of the same text and with all the weight they leave no correction: what is written is what is without it."""
+    plain, plan = write(tiny_llama, tmp_path / "plain", correct=False)
+    priced = tmp_path / "plain" / "priced"
+    apply(
+        open_stream(tiny_llama), plan, tokens(6, 15), saliency=priced, shards=tmp_path / "shards",
+        out=tmp_path / "beside", correct=True, beside=[(priced, 1e6)],
+    )  # fmt: skip
+    found, expected = (linears(dense_twin(tiny_llama, out)) for out in (tmp_path / "beside", plain))
+    same = [(weight(found[name]) == weight(expected[name])).float().mean() for name in expected]
+    assert sum(same) / len(same) > 0.98
 
 
 def test_without_it_other_codes_are_written(tiny_llama: Path, tmp_path: Path) -> None:

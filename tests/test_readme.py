@@ -1,6 +1,5 @@
 """The documents show what benchmarks/results hold, and name only commands, files and options that there are."""
 
-import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -13,6 +12,8 @@ import yaml
 from circuitpress.cli import cli
 from circuitpress.recipe import known_keys
 
+from .scripts import load_script
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 MEASURED = (ROOT / "docs" / "measurements.md").read_text()
@@ -20,11 +21,7 @@ MEASURED = (ROOT / "docs" / "measurements.md").read_text()
 
 @pytest.fixture(scope="module")
 def tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/tables.py")
 
 
 def test_every_figure_comes_from_a_results_file(tables: ModuleType) -> None:

@@ -1,7 +1,5 @@
 """benchmarks/side_paths.py: exact on its directions, no better path of a rank than the best, and every byte counted."""
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -15,21 +13,16 @@ from circuitpress.price import load_hessians, price
 from circuitpress.rounding import decoded_in_place, round_block
 from circuitpress.stream import open_stream
 
+from .scripts import load_script
 from .whole import linears, load, tokens, weight
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "side_paths.py"
 SITE = 0
 
 
 @pytest.fixture(scope="module")
 def paths() -> ModuleType:
     """The script as a module (benchmarks/ is no package)."""
-    spec = importlib.util.spec_from_file_location("side_paths", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["side_paths"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/side_paths.py")
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from circuitpress.errors import CheckpointError
-from circuitpress.stream import Stream, backward, forward, open_stream
+from circuitpress.stream import Stream, backward, forward, has_fast_bfloat16, open_stream
 
 from .whole import MODELS, draw_labels, load, rewrite, tokens, trace
 
@@ -238,3 +238,20 @@ def test_a_dead_neuron_and_a_dead_head_are_no_fault(tiny_llama: Path, tmp_path: 
     with torch.no_grad():
         expected = load(folder, torch.float32)(ids).logits
     assert torch.equal(walk(open_stream(folder), ids), expected)
+
+
+@pytest.mark.parametrize(
+    ("device", "knows", "fast"),
+    [
+        ("cpu", {"avx512_bf16": True}, True),
+        ("cpu", {"amx_bf16": True, "avx512_bf16": False}, True),
+        ("cpu", {"avx2": True}, False),
+        ("cuda:1", True, True),
+        ("cuda", False, False),
+        ("mps", None, False),
+    ],
+)
+def test_where_bfloat16_is_fast(device: str, knows: Any, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: knows, raising=False)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: knows and not including_emulation)
+    assert has_fast_bfloat16(device) is fast

@@ -31,7 +31,7 @@ from .outer import load_hessian, round_outer
 from .prefix import Beside, Prefix
 from .price import permute_neurons
 from .quantize import Quantized
-from .rounding import block_hessians, context, round_block, segments_by_module
+from .rounding import block_hessians, context, in_own_order, round_block, segments_by_module
 from .stream import Stream, forward
 from .units import Plan
 
@@ -79,13 +79,8 @@ def apply(
             tensors = _block_tensors(weights, headers, place, rounded, modules, order)
             write_bytes_atomic(path, save(tensors, metadata=METADATA))
         if prefix is not None:
-            found = _decoded(path, place.matrices, modules)
-            back = None if order is None else torch.argsort(order)
-            inside = {
-                m: found[m.module] if back is None else permute_neurons(m.role, found[m.module], back)
-                for m in place.matrices
-            }
-            prefix.follow(module, place, {place.local(m): weight.to(stream.device) for m, weight in inside.items()})
+            found = in_own_order(_decoded(path, place.matrices, modules), place, order)
+            prefix.follow(module, place, {name: weight.to(stream.device) for name, weight in found.items()})
 
     try:
         forward(stream, batches, store, visit=visit, advance=advance)

@@ -92,13 +92,14 @@ def round_block(
 
 def decoded_in_place(quantized: Mapping[str, Quantized], place: Block, order: Tensor | None) -> dict[str, Tensor]:
     """The weights [rows, cols] of what is rounded of a block by local name, neurons back in the model's own order."""
+    return in_own_order({name: rounded.decode() for name, rounded in quantized.items()}, place, order)
+
+
+def in_own_order(weights: Mapping[str, Tensor], place: Block, order: Tensor | None) -> dict[str, Tensor]:
+    """`weights` [rows, cols] of a block by module name, with neurons in `order`, as `decoded_in_place` gives them."""
     back = None if order is None else torch.argsort(order)
-    result = {}
-    for matrix in place.matrices:
-        if matrix.module not in quantized:
-            continue
-        weight = quantized[matrix.module].decode()
-        if back is not None:
-            weight = permute_neurons(matrix.role, weight, back)
-        result[place.local(matrix)] = weight
-    return result
+    there = [matrix for matrix in place.matrices if matrix.module in weights]
+    return {
+        place.local(m): weights[m.module] if back is None else permute_neurons(m.role, weights[m.module], back)
+        for m in there
+    }

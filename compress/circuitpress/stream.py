@@ -162,9 +162,11 @@ class Stream:
 
 
 def has_fast_bfloat16(device: str) -> bool:
-    """Whether `device` multiplies bfloat16 twice as fast as float32, or faster: GPUs, CPUs with AMX or AVX512_BF16."""
-    if not device.startswith("cpu"):
-        return True
+    """Whether bfloat16 is twice as fast as float32 on `device`: GPUs from Ampere on, CPUs with AMX or AVX512_BF16."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)  # not before Ampere
+    if device != "cpu":
+        return False
     known = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.13; before, float32 is always right
     return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
 

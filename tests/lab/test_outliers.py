@@ -1,7 +1,5 @@
 """benchmarks/lab/outliers.py: outliers that a quantizer feels and the function does not."""
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,19 +13,15 @@ from transformers import AutoModelForCausalLM
 from circuitpress.anatomy import read_anatomy
 from circuitpress.hooks import capture
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "lab" / "outliers.py"
+from ..scripts import load_script
+
 IDS = torch.arange(60).reshape(3, 20) % 97
 
 
 @pytest.fixture(scope="module")
 def lab() -> ModuleType:
     """The script as a module (benchmarks/ is no package)."""
-    spec = importlib.util.spec_from_file_location("lab_outliers", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["lab_outliers"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/lab/outliers.py")
 
 
 def logits(folder: Path) -> Tensor:

@@ -1,9 +1,7 @@
 """benchmarks/lab/train.py on a few steps: it learns, it resumes to the same bytes, what it writes loads."""
 
-import importlib.util
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -13,18 +11,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "lab" / "train.py"
+from ..scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def lab() -> ModuleType:
     """The script as a module (benchmarks/ is no package)."""
-    spec = importlib.util.spec_from_file_location("lab_train", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["lab_train"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/lab/train.py")
 
 
 @pytest.fixture
