@@ -1,7 +1,7 @@
 """How long compressing takes beside other calibrated compressors: the same checkpoint, tokens and cores, in one run.
 
-Imports, loading of tokenizers and tokenising are outside every clock; ours holds scoring, planning and writing the
-packed model. Judging it, which the peers do not do, is outside.
+Imports, loading and tokenising are outside every clock; ours holds scoring, planning and writing the packed model, and
+reading the weights of the blocks again for each of them. Judging it, which the peers do not do, is outside.
 
     python benchmarks/clock.py --checkpoint DIR --text FILE [--checkpoint DIR --text FILE ...] --cache ENVIRONMENTS
 """

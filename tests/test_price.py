@@ -111,7 +111,7 @@ def test_prices_are_those_of_the_formula(
 def test_changes_are_priced_on_whole_micro_batches_up_to_a_limit(
     room: int, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Hessians and scores of units still take all tokens."""
+    """Hessians and scores of units take all tokens."""
     monkeypatch.setattr(pricing, "PRICED_TOKENS", 26)
     monkeypatch.setattr(pricing, "KEPT_FLOWS", room)
     recorder = Recorder()
@@ -145,7 +145,7 @@ def check_scores(model: Any, ids: Tensor, scores: Scores, *, draws: int) -> None
             windows += 0.5 * (effect**2).mean(1) / draws
         n = [str(u) for u in scores.units].index(f"L1.{unit}")
         assert_close(scores.values[n : n + 1], windows.mean(keepdims=True))
-        assert_close(scores.stderr[n : n + 1], windows.std(ddof=1, keepdims=True) / np.sqrt(5))
+        assert_close(scores.stderr[n : n + 1], windows.std(ddof=1, keepdims=True) / np.sqrt(len(ids)))
     kinds = [(unit.layer, unit.kind) for unit in scores.units]
     assert len(set(scores.units)) == len(kinds) == len(scores.values)
 
@@ -185,6 +185,32 @@ def test_the_hessian_is_that_of_the_formula(tiny_llama: Path, tmp_path: Path, mo
         assert float((hessian - expected).abs().max()) < CLOSE * float(expected.abs().max())
         kept = load_saliency(tmp_path, int(name.split(".")[2]), name)
         # The first token attends to itself alone: no query or key gradient there but float noise.
+        torch.testing.assert_close(kept.double(), s, rtol=CLOSE, atol=1e-9 * float(s.max()))
+
+
+def test_half_of_many_tokens_have_gradients(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others weigh what these do at their position in the mean; scores and prices are those of the first half."""
+    monkeypatch.setattr(pricing, "GRADED_TOKENS", 20)
+    recorder = Recorder()
+    recorder.install(monkeypatch)
+    ids = tokens(5, 9)
+    stream = open_stream(tiny_llama, batch_tokens=18)
+    scores, prices = price(stream, ids, formats=FORMATS, seed=2, folder=tmp_path)
+    model, seen = load(tiny_llama), 4  # two micro-batches of two windows hold half of the tokens
+    check_scores(model, ids[:seen], scores, draws=1)
+    brute = brute_force(model, ids[:seen], prices, recorder, draws=1, seed=2)
+    assert_close(prices.nats, brute.token.mean(0))
+    with torch.no_grad():
+        labels = draw_labels(model(ids).logits, draw=0, seed=2)
+    whole = trace(model, ids, labels)
+    for name, module in linears(model).items():
+        s = whole.g[name].double().square().mean(-1)
+        s[seen:] = s[:seen].mean(0)
+        x = whole.x[name].double()
+        expected = torch.einsum("nt,nti,ntj->ij", s, x, x) / ids.numel()
+        hessian, _ = recorder.find(weight(module))
+        assert float((hessian - expected).abs().max()) < CLOSE * float(expected.abs().max())
+        kept = load_saliency(tmp_path, int(name.split(".")[2]), name)
         torch.testing.assert_close(kept.double(), s, rtol=CLOSE, atol=1e-9 * float(s.max()))
 
 

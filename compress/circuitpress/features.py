@@ -110,7 +110,8 @@ def price_features(
                 return hidden.get((index, b), stream.device)
 
             with stream.block(index) as module:
-                pricer = BlockPricer(stream, module, place, inputs, gradients, keys, windows.shape, windows.numel())
+                sizes, length = [len(ids) for ids in batches], windows.shape[1]
+                pricer = BlockPricer(stream, module, place, inputs, gradients, keys, sizes, length, windows.numel())
                 arrays, _ = pricer.price((), (), by_unit=False, order=None, hessians=(), replace=False)
             values.insert(0, arrays["scores"])
             errors.insert(0, arrays["scores_stderr"])

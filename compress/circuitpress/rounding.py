@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .anatomy import Block
-from .hooks import capture, weight_of
+from .hooks import weight_of
 from .price import has_hessians, load_hessians, load_saliency, permute_inputs, permute_neurons
 from .quantize import Quantized, quantize_matrix
-from .score.fisher import add_second_moment
+from .score.fisher import add_inputs
 from .stream import Stream
 from .units import Decision
 
@@ -31,19 +31,12 @@ def block_hessians(
         return load_hessians(saliency, place, stream.device)
     weights = {matrix.module: load_saliency(saliency, place.index, matrix.module) for matrix in place.matrices}
     result = {m.module: torch.zeros(m.cols, m.cols, device=stream.device) for m in place.matrices}
-    names = {matrix.module: place.local(matrix) for matrix in place.matrices}
     at = 0
-    with torch.no_grad():
-        for b in range(batches):
-            hidden = inputs(b)
-            with capture(module, list(names.values())) as seen:
-                stream.run(place.index, module, hidden)
-            for name, local in names.items():
-                x = seen[local].input
-                assert x is not None
-                s = weights[name][at : at + hidden.shape[0]].reshape(-1).to(stream.device)
-                add_second_moment(result[name], x.flatten(0, -2), s / weights[name].numel())
-            at += hidden.shape[0]
+    for b in range(batches):
+        hidden = inputs(b)
+        mine = {name: s[at : at + len(hidden)] / s.numel() for name, s in weights.items()}
+        add_inputs(stream, module, place, hidden, mine, result)
+        at += len(hidden)
     return result
 
 

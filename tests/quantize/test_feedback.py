@@ -27,18 +27,22 @@ def normal(rows: int, cols: int, *, seed: int = 1) -> Tensor:
 
 
 def fit(target: Array, importance: Array, maxq: int) -> tuple[float, float]:
-    """Scale and zero of one row's group: the best of 25 shrunken ranges, in plain loops."""
-    best, scale, zero = np.inf, 1.0, 0.0
+    """Scale and zero of one row's group: the best of 9 ranges and of 4 around it, in plain loops."""
+    found = [_attempt(target, importance, maxq, factor) for factor in np.linspace(1.0, 0.4, 9)]
+    centre = min(found, key=lambda entry: entry[0])[1]
+    found += [_attempt(target, importance, maxq, centre + step) for step in (-0.05, -0.025, 0.025, 0.05)]
+    return min(found, key=lambda entry: entry[0])[2:]
+
+
+def _attempt(target: Array, importance: Array, maxq: int, factor: float) -> tuple[float, float, float, float]:
+    """Error, factor, scale and zero."""
     low, high = min(target.min(), 0.0), max(target.max(), 0.0)
-    for factor in np.linspace(1.0, 0.4, 25):
-        s = float(np.float16(max((high - low) * factor / maxq, 2.0**-24)))
-        z = float(np.clip(np.round(-low * factor / s), 0, maxq))
-        error = 0.0
-        for value, weight in zip(target, importance, strict=True):
-            error += weight * ((np.clip(np.round(value / s + z), 0, maxq) - z) * s - value) ** 2
-        if error < best:
-            best, scale, zero = error, s, z
-    return scale, zero
+    s = float(np.float16(max((high - low) * factor / maxq, 2.0**-24)))
+    z = float(np.clip(np.round(-low * factor / s), 0, maxq))
+    error = 0.0
+    for value, weight in zip(target, importance, strict=True):
+        error += weight * ((np.clip(np.round(value / s + z), 0, maxq) - z) * s - value) ** 2
+    return error, float(factor), s, z
 
 
 def textbook(

@@ -46,11 +46,11 @@ def test_the_price_decides_not_the_magnitude() -> None:
     """A large weight on a dead input is cheap to round; a smaller one on an excited input is not."""
     form = form_of("int3g20+0.2%")
     weight = normal(20, 20) * 0.02
-    weight[4, 3], weight[9, 11] = 1.0, 0.5
+    weight[4, 3], weight[9, 11] = 0.1, 0.09
     hessian = small(torch.eye(20))
     hessian[3, 3], hessian[11, 11] = 1e-9, 1e-2
     hessian[:, 3] = hessian[3] = 0
-    # The grid of row 4 would stretch to reach its large weight at the cost of the others only if that paid.
+    # The grid of row 4 clips its large weight, that of row 9 has to stretch at the cost of the others.
     free, _ = choose(weight, hessian, form, [(0, 20)])
     assert form.count(20, 20) == 1
     assert free.nonzero().tolist() == [[9, 11]]

@@ -19,6 +19,7 @@ from ..errors import CircuitpressError
 from ..files import write_bytes_atomic
 from ..recipe import Recipe
 from ..run import make_model, prepare, replan, run_recipe, score_model
+from ..stream import open_stream
 from ..units import Plan
 from .jobs import Outcome
 
@@ -60,7 +61,9 @@ def ours(
     """
     scored = work / SCORED
     spent = _Clock(work / f"{SCORED}.json")
-    prepare(recipe, scored, console)  # imports and tokenising: outside the peers' clocks too
+    # Tokenising, the model's own code, its weights: all of that is outside the peers' clocks too.
+    prepare(recipe, scored, console)
+    open_stream(Path(recipe.model))
     with spent:
         score_model(recipe, scored, console)
     found = []

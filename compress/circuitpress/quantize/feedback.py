@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from .grid import AffineGrids
-from .polish import DAMPING, Grids, as_float16, polish
+from .polish import DAMPING, Grids, polish
 
 
 class Rounding(NamedTuple):
@@ -102,7 +102,6 @@ def _feed_back(
     codes = torch.zeros(permuted.shape, dtype=torch.uint8, device=permuted.device)
     error = torch.zeros_like(permuted)
     for group, start, stop in reversed(order.groups):
-        kept = grids.kept[group]
         some_free = None if free is None else free[start:stop]
         passed_on = unit[stop:, start:stop].T @ error[stop:]
         target = permuted[start:stop] + passed_on
@@ -112,15 +111,8 @@ def _feed_back(
             permuted[start:stop]
         )
         grids.fit(group, expected, diagonal[start:stop], some_free)
-        for k in range(stop - 1, start - 1, -1):
-            code, value = grids.nearest(group, target[k - start])
-            if some_free is not None:
-                value = torch.where(some_free[k - start], as_float16(target[k - start]), value)
-            wrong = torch.sub(permuted[k], value, out=error[k])
-            if kept is not None:
-                wrong[kept] = 0
-            codes[order.columns[k]] = code.to(torch.uint8)
-            target[: k - start].addr_(unit[k, start:k], wrong)
+        some_codes = grids.settle(group, permuted[start:stop], target, inner, some_free, out=error[start:stop])
+        codes[order.columns[start:stop]] = some_codes.to(torch.uint8)
     return codes, error
 
 

@@ -1,7 +1,8 @@
 """Affine grids with clipping: the scale and zero of a group of weights that round with the least weighted error.
 
-Minimum and maximum of the group span the widest grid. Narrower ones clip the extremes and round the rest more finely,
-so a few shrink factors are tried and the one with the smallest weighted squared error is kept, for each row by itself.
+Minimum and maximum of the group span a grid. Narrower ones clip the extremes and round the rest more finely, so a few
+factors are tried, then some around the best, and the one with the smallest weighted squared error is kept, for each row
+by itself.
 The candidates are evaluated with the scale as it will be stored (float16, or the 6 bits of `formats/scales.py`), so
 that what is chosen is what is used.
 
@@ -9,7 +10,7 @@ Asymmetric grids cost `bits` extra bits a group and lower KL by 20 to 26 % again
 Symmetric ones have their zero in the middle, whatever the group: runtimes that load nothing else need them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -19,8 +20,13 @@ from ..formats.integer import both_halves
 from ..formats.scales import round_scales, shared_exponents
 from .polish import Block, Grids
 
-SHRINK = torch.linspace(1.0, 0.4, 25)
-"""Factors by which the range is narrowed."""
+SHRINK = torch.linspace(1.0, 0.4, 9)
+"""Factors by which the range is narrowed at first."""
+
+AROUND = (-0.05, -0.025, 0.025, 0.05)
+"""What is added to the best of them, row by row. On random weights in groups of 64 the two rounds have .2, .9 and 6 %
+less error at 3, 4 and 6 bits than 25 factors from 1 to 0.4, in half the time: what counts is how fine they are, and at
+many bits to try a range that is wider than the weights'."""
 
 _SMALLEST = 2.0**-24  # The smallest positive float16: a scale of zero would turn weights into NaN.
 
@@ -66,6 +72,22 @@ class AffineGrids(Grids):
     def nearest(self, group: int, target: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and values nearest to `target` [rows]."""
         return round_to_grid(target, self.scales[group], self.zeros[group], self.maxq[group])
+
+    def settle(
+        self, group: int, weight: Tensor, target: Tensor, inner: Tensor, free: Tensor | None, *, out: Tensor
+    ) -> Tensor:
+        """Rounds the columns of a group in turn (see `Grids.settle`), in units of its scales: half the operations."""
+        if free is not None or self.kept[group] is not None:
+            return super().settle(group, weight, target, inner, free, out=out)
+        scale, zero, maxq = self.scales[group], self.zeros[group], self.maxq[group]
+        target.div_(scale).add_(zero)
+        torch.div(weight, scale, out=out).add_(zero)
+        codes = torch.empty_like(target)
+        for k in range(len(target) - 1, -1, -1):
+            code = torch.minimum(target[k].round_().clamp_(min=0), maxq, out=codes[k])
+            target[:k].addr_(inner[:k, k], out[k].sub_(code))
+        out.mul_(scale)
+        return codes
 
     def descend(self, group: int, codes: Tensor, values: Tensor, gradient: Tensor, block: Block) -> None:
         """Chooses the codes of a group again (see `Grids.descend`), in units of its scales: half the operations."""
@@ -149,30 +171,46 @@ def fit_grid(
     bulk = target if free is None else target.masked_fill(free, 0)
     low = bulk.amin(0).clamp(max=0)
     high = bulk.amax(0).clamp(min=0)
-    best = torch.full_like(low, torch.inf)
-    scale, zero = torch.ones_like(low), torch.zeros_like(low)
-    for factor in SHRINK.tolist():
+    bottom = torch.zeros_like(low)
+
+    def attempt(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         s = _stored((high - low) * factor / maxq, top)
         z = (-low * factor / s).round().clamp(min=0).minimum(maxq)
-        # A free weight counts as zero, which is on every grid.
-        error = importance @ (round_to_grid(bulk, s, z, maxq)[1] - bulk).square_()
-        better = error < best
-        best = torch.where(better, error, best)
-        scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
+        # In units of the scale: a third fewer passes over the weights. A free weight counts as zero, which is on every
+        # grid.
+        steps = (bulk / s).add_(z)
+        wrong = steps.sub_(torch.clamp(steps.round(), bottom, maxq))
+        return importance @ wrong.square_() * s.square(), s, z
+
+    scale, zero = _narrowed(low, attempt)
     return scale.half(), zero
 
 
 def fit_symmetric(target: Tensor, maxq: Tensor, zero: Tensor, importance: Tensor) -> Tensor:
     """Scales float32 [rows] of one group around `zero`, arguments as in `fit_grid`."""
     size = target.abs().amax(0)
-    best, scale = torch.full_like(size, torch.inf), torch.ones_like(size)
-    for factor in SHRINK.tolist():
+
+    def attempt(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # The positive side has a code less: its extreme decides where nothing is clipped.
         s = _stored_symmetric(size * factor / (maxq - zero))
-        error = importance @ (round_to_grid(target, s, zero, maxq)[1] - target).square_()
-        better = error < best
-        best, scale = torch.where(better, error, best), torch.where(better, s, scale)
-    return scale
+        return importance @ (round_to_grid(target, s, zero, maxq)[1] - target).square_(), s, zero
+
+    return _narrowed(size, attempt)[0]
+
+
+def _narrowed(like: Tensor, attempt: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Scale and zero [rows] with the least error. `attempt` gives error, scale and zero for a factor of each row."""
+    best, factor = torch.full_like(like, torch.inf), torch.zeros_like(like)
+    scale, zero = torch.ones_like(like), torch.zeros_like(like)
+    for steps in (SHRINK.tolist(), AROUND):
+        centre = factor
+        for step in steps:
+            tried = centre + step
+            error, s, z = attempt(tried)
+            better = error < best
+            best, factor = torch.where(better, error, best), torch.where(better, tried, factor)
+            scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
+    return scale, zero
 
 
 def round_to_grid(target: Tensor, scale: Tensor, zero: Tensor, maxq: Tensor) -> tuple[Tensor, Tensor]:

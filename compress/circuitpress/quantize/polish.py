@@ -67,6 +67,26 @@ class Grids(ABC):
     def nearest(self, group: int, target: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and values nearest to `target` [rows]."""
 
+    def settle(
+        self, group: int, weight: Tensor, target: Tensor, inner: Tensor, free: Tensor | None, *, out: Tensor
+    ) -> Tensor:
+        """GPTQ within a group: rounds its columns from the last to the first and returns their codes [width, rows].
+
+        `target` [width, rows] is what the columns should become if none of the group had an error, and is spoilt;
+        `inner` [width, width] (upper triangular, ones on the diagonal) is what a column passes on to those before it.
+        `out` takes `weight` [width, rows] less what the codes stand for.
+        """
+        codes, kept = torch.empty_like(target), self.kept[group]
+        for k in range(len(target) - 1, -1, -1):
+            codes[k], value = self.nearest(group, target[k])
+            if free is not None:
+                value = torch.where(free[k], as_float16(target[k]), value)
+            wrong = torch.sub(weight[k], value, out=out[k])
+            if kept is not None:
+                wrong[kept] = 0
+            target[:k].addr_(inner[:k, k], wrong)
+        return codes
+
     def descend(self, group: int, codes: Tensor, values: Tensor, gradient: Tensor, block: Block) -> None:
         """Step 1 for a group: chooses `codes` and `values` [width, rows] again, in place.
 
