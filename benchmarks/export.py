@@ -3,38 +3,28 @@
 Each target has a budget in bits per weight as the target stores them; where no plan fits, the smallest one that does
 takes its place (matrices whose shape a target has no format for stay at 16 bits). `max_logit_error` is between the
 exported folder, loaded in a fresh process without circuitpress, and the packed model; `kl` is the packed model's to
-the original on the test text, in nats per token. For gguf, `kl` is that of the weights which the package gguf packs and
-unpacks in the planned types (llama.cpp does better: it has the importance matrix), None where the package can only
-unpack a type (Q2_K to Q6_K); `kl_planned` is that of the formats that stand in for them.
+the original on the test text, in nats per token. For gguf it is None: llama.cpp rounds the weights, and llama_cpp.py
+measures that; `kl_planned` is that of the formats that stand in for its types.
 
     python benchmarks/export.py MODEL --text train.txt --test test.txt
 """
 
 import json
 import math
-import shutil
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import click
-import gguf
-import torch
-from safetensors.torch import load_file, save_file
 
 from circuitpress.anatomy import read_anatomy
 from circuitpress.console import Console
 from circuitpress.errors import InfeasibleBudget
-from circuitpress.evaluate import fidelity
-from circuitpress.export.gguf import tensor_name
 from circuitpress.menu import MENU, TARGET_MENUS
 from circuitpress.recipe import Recipe
 from circuitpress.run import run_recipe
 from circuitpress.run.exporting import export_model
-from circuitpress.run.folder import RunFolder
-from circuitpress.run.session import Session
-from circuitpress.stream import open_stream
 from circuitpress.units import Plan
 from common import load_rows, save_results
 
@@ -94,8 +84,7 @@ def _measure(target: str, settings: dict[str, Any], scratch: Path) -> dict[str, 
         "consumer": {name: v for name, v in document["versions"].items() if name not in ("circuitpress", "torch")},
     }
     if target == "gguf":
-        row |= {"file_bytes": plan.linear_bytes + plan.other_bytes, "kl_planned": kl}
-        row["kl"] = _gguf_kl(Session(RunFolder(run), recipe, console), document["types"], out, scratch / "packed")
+        row |= {"file_bytes": plan.linear_bytes + plan.other_bytes, "kl": None, "kl_planned": kl}
     return row
 
 
@@ -106,24 +95,6 @@ def _recipe(settings: dict[str, Any], target: str, budget: float) -> Recipe:
         wanted["plan.formats"] = ["float16" if name == "dense" else name for name in menu]
     lines = [f"{key}={json.dumps(value)}" for key, value in wanted.items()]
     return Recipe.parse("{}", name="export", folder=Path(), overrides=lines)
-
-
-def _gguf_kl(session: Session, types: dict[str, str], unrounded: Path, folder: Path) -> float | None:
-    """KL of the weights that the package gguf makes of the planned types; None if it cannot pack one of them."""
-    shutil.copytree(unrounded, folder)
-    anatomy = read_anatomy(folder)
-    names = {f"{m.module}.weight": tensor_name(b.index, m) for b in anatomy.blocks for m in b.matrices}
-    for file in folder.glob("*.safetensors"):
-        tensors = load_file(file)
-        for name in tensors.keys() & names.keys():
-            kind = gguf.GGMLQuantizationType[types[names[name]].upper()]
-            try:
-                packed = gguf.quants.quantize(tensors[name].float().numpy(), kind)
-            except NotImplementedError:
-                return None
-            tensors[name] = torch.from_numpy(gguf.quants.dequantize(packed, kind).copy())
-        save_file(tensors, file, metadata={"format": "pt"})
-    return fidelity(open_stream(folder), session.original, session.windows[2].ids).to_json()["kl"]
 
 
 if __name__ == "__main__":

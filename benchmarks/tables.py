@@ -267,17 +267,37 @@ def latency() -> str:
 
 def exports() -> str:
     """Every target, written and loaded by its own consumer."""
-    rows = _rows("export.json")
-    lines = [
-        [
-            row["checkpoint"], row["target"], f"{row['bits_per_weight']:.2f}", f"{row['file_bytes']:,}",
-            f"{row['max_logit_error']:.2g}",
-            f"{row['kl_planned']:.4g} (stand-ins)" if row["kl"] is None else f"{row['kl']:.4g}",
-        ]
-        for row in rows
-    ]  # fmt: skip
+    lines = []
+    for row in _rows("export.json"):
+        kl = f"{row['kl_planned']:.4g} (stand-ins)" if row["kl"] is None else f"{row['kl']:.4g}"
+        sizes = [f"{row['bits_per_weight']:.2f}", f"{row['file_bytes']:,}", f"{row['max_logit_error']:.2g}"]
+        lines.append([row["checkpoint"], row["target"], *sizes, kl])
     head = ["checkpoint", "target", "bits per weight", "file bytes", "largest logit error", "KL to the original"]
     return _table(head, lines)
+
+
+def floats() -> str:
+    """Does llama.cpp's float32 model compute what transformers does?"""
+    lines = []
+    for row in _select(_rows("llama-cpp.json"), method="float32"):
+        both = [f"{row[key]:.4f}" for key in ("perplexity", "transformers_perplexity")]
+        same = "yes" if row["same_tokens"] else "no"
+        lines.append([row["checkpoint"], same, *both, f"{row['kl_to_transformers']:.1g}"])
+    return _table(["checkpoint", "same tokens", "perplexity in llama.cpp", "in transformers", "KL between them"], lines)
+
+
+def mixtures() -> str:
+    """Plans beside llama.cpp's own mixtures of types, as llama.cpp measures them."""
+    rows = [row for row in _rows("llama-cpp.json") if row.get("importance") is not None]
+    lines = []
+    for checkpoint, bits, method in sorted(_keys(rows, "checkpoint", "bits_per_weight", "method")):
+        mine = _select(rows, checkpoint=checkpoint, bits_per_weight=bits, method=method)
+        (told,), (plain,) = (_select(mine, importance=wanted) for wanted in (True, False))
+        kl = [f"{row['kl']:.4g}" for row in (plain, told, told["decoded"])]
+        kl.append(f"{told['stand_ins']['kl']:.4g}" if "stand_ins" in told else "")
+        lines.append([checkpoint, f"{bits:.2f}", method, *kl])
+    head = ["checkpoint", "bits per weight", "types", "KL without importance matrix", "with ours"]
+    return _table([*head, "that, decoded, in transformers", "formats that stand in"], lines)
 
 
 def harness() -> str:
@@ -341,29 +361,10 @@ def kv() -> str:
     return _table([*head, "that plan, heads shuffled", "transformers, quanto 4"], lines)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {
-    "quality": quality,
-    "steps": steps,
-    "pruning": pruning,
-    "joint": joint,
-    "calibration": calibration,
-    "prediction": prediction,
-    "exact": exact,
-    "granularity": granularity,
-    "behavior": behavior,
-    "protection": protection,
-    "kept": kept,
-    "spared": spared,
-    "paths": paths,
-    "clock": clock,
-    "speed": speed,
-    "memory": memory,
-    "latency": latency,
-    "kv": kv,
-    "exports": exports,
-    "harness": harness,
-    "aot": aot,
-}
+BLOCKS: dict[str, Callable[[], str]] = {build.__name__: build for build in (
+    quality, steps, pruning, joint, calibration, prediction, exact, granularity, behavior, protection, kept, spared,
+    paths, clock, speed, memory, latency, kv, exports, floats, mixtures, harness, aot,
+)}  # fmt: skip
 
 
 def _rows(name: str) -> Rows:

@@ -1,15 +1,17 @@
 """From a recipe with a target to the export, through the command line."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from circuitpress.anatomy import read_anatomy
 from circuitpress.cli import invoke
 from circuitpress.console import Console
-from circuitpress.export.gguf import read_imatrix
+from circuitpress.export.gguf import commands, read_imatrix
 from circuitpress.price import has_hessians
 from circuitpress.recipe import Recipe
 from circuitpress.run.exporting import _diagonals
@@ -64,9 +66,12 @@ def test_gguf_takes_types_importance_and_the_unrounded_model(
     command = ["export", str(tmp_path / "run" / "model"), "--format", "gguf", "--out", str(out)]
     assert invoke([*command, "--dtype", "float16"]) == 2
     assert invoke([*command, "--dry-run"]) == 0 and not out.exists()
-    assert invoke(command) == 0
+    capsys.readouterr()
+    assert invoke([*command, "--json"]) == 0
+    convert, quantize = (shlex.split(line) for line in json.loads(capsys.readouterr().out)["commands"])
     document = json.loads((out / "export.json").read_text())
     assert document["check"]["max_logit_error"] == 0
+    assert str(tmp_path) not in json.dumps(document).replace(document["source"], "")  # it may be pushed
     plan = Plan.load(tmp_path / "run" / "plan.json")
     assert document["linear_bytes"] == plan.linear_bytes
     assert plan.bits_per_weight <= 6
@@ -77,13 +82,28 @@ def test_gguf_takes_types_importance_and_the_unrounded_model(
     assert "before after in llama.cpp" in " ".join(shown.split()) and "stand in for them" in shown
     (types,) = [line for line in shown.splitlines() if line.startswith("types: ")]
     assert all(f"{name} " in types for name in set(document["types"].values()))
-    assert set(document["types"].values()) <= {"q4_0", "q5_0", "q8_0", "f32"}
+    assert set(document["types"].values()) <= {"iq4_nl", "q5_0", "q8_0", "f32"}
     assert len((out / "tensor-types.txt").read_text().splitlines()) == 14
-    assert str(out) in document["commands"][0] and "unchecked" not in " ".join(document["commands"])
+    assert convert[:2] == ["python", "-c"] and "'gpt-2'" in convert[2]  # the test's own byte-level tokenizer
+    assert convert[3:] == [str(out), "--outfile", f"{out}/model-unrounded.gguf", "--outtype", "f32"]
+    assert quantize[quantize.index("--token-embedding-type") + 1] == "f32"
+    assert all(Path(path).is_file() for path in quantize if path.endswith(("txt", "imatrix.gguf")))
+    assert quantize[-3:] == [convert[5], f"{out}/model.gguf", "Q4_K_M"]
     weights = read_imatrix(out / "imatrix.gguf")
     assert all(float(values.std()) > 0 and abs(float(values.mean()) - 1) < 1e-3 for values in weights.values())
     shutil.move(tmp_path / "run" / "model", tmp_path / "model")
     assert invoke(["export", str(tmp_path / "model"), "--format", "gguf", "--out", str(tmp_path / "other")]) == 1
+
+
+def test_a_tokenizer_that_llama_cpp_knows_is_left_to_it(llama: Path, tmp_path: Path) -> None:
+    """One with a splitting rule of its own, as Llama 3 has, and one from SentencePiece, which splits nothing."""
+    for split in ({"type": "Sequence", "pretokenizers": []}, {"type": "ByteLevel", "use_regex": False}, None):
+        folder = tmp_path / "a model"
+        shutil.copytree(llama, folder, dirs_exist_ok=True)
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"pre_tokenizer": split}))
+        convert, _ = commands(read_anatomy(folder), tmp_path / "an export")
+        assert shlex.split(convert)[:3] == ["python", "convert_hf_to_gguf.py", f"{tmp_path}/an export"]
 
 
 def test_importance_of_a_large_model_takes_a_walk(

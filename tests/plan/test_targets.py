@@ -97,7 +97,7 @@ def test_one_folder_of_bitsandbytes_holds_one_kind() -> None:
 @pytest.mark.parametrize(
     ("form", "cols", "expected"),
     [
-        ("int2g16", 512, "q2_k"), ("sym3g16", 256, "q3_k"), ("int4g32", 256, "q4_k"), ("int4g32", 96, "q4_0"),
+        ("int2g16", 512, "q2_k"), ("sym3g16", 256, "q3_k"), ("int4g32", 256, "q4_k"), ("int4g32", 96, "iq4_nl"),
         ("int5g32", 32, "q5_0"), ("sym6g16", 768, "q6_k"), ("sym8g32", 96, "q8_0"), ("bfloat16", 7, "bf16"),
         ("int2g16", 96, None), ("sym8g32", 40, None), ("int4g64", 256, None),
     ],
@@ -117,7 +117,7 @@ def test_bytes_are_those_of_llama_cpp() -> None:
         assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.name.upper()]] == (kind.block, kind.nbytes)
     fitted = fit(prices_of("int2g16", "int4g32"), "gguf")
     assert fitted.nbytes[0].tolist() == [256 * 84, 256 * 144]  # q is 256 x 256: one block a row
-    assert solve(fitted, target_rules(fitted, "gguf")).choice[6] == 1  # 384 columns: no Q2_K, but Q4_0
+    assert solve(fitted, target_rules(fitted, "gguf")).choice[6] == 1  # 384 columns: no Q2_K, but IQ4_NL
 
 
 def test_matrices_priced_in_parts_are_refused() -> None:

@@ -67,6 +67,12 @@ ENVIRONMENTS = {
             ),
             shared=True,
         ),
+        # Compiles llama.cpp: it wants a C++ compiler, and a quarter of an hour of one core.
+        Environment(
+            "llama-cpp",
+            ("llama-cpp-python==0.3.36", "gguf==0.19.0", "transformers", "accelerate", "safetensors"),
+            shared=True,
+        ),
         Environment("llmcompressor", ("llmcompressor==0.14.0.1", "accelerate", "safetensors")),
         Environment(
             "gptqmodel",

@@ -11,7 +11,7 @@ from ..errors import CircuitpressError
 from .jobs import Setting
 
 CALIBRATED = ("autoround", "gptqmodel", "llmcompressor", "optimum-gptq")
-PEERS = (*CALIBRATED, "hqq", "torchao", "quanto", "bitsandbytes", "gguf")
+PEERS = (*CALIBRATED, "llama.cpp", "hqq", "torchao", "quanto", "bitsandbytes", "gguf")
 
 ABSENT = {
     "exllamav3": "EXL3 quantizes and runs on CUDA only",
@@ -85,6 +85,18 @@ def _gguf(bits: int, groups: Sequence[int]) -> list[Setting]:
     return [Setting("gguf", kind, "gguf", "light", bits, 32, {"type": kind}, padded=True) for kind in kinds]
 
 
+def _llama_cpp(bits: int, groups: Sequence[int]) -> list[Setting]:
+    del groups
+    kinds = {2: ("Q2_K", "IQ2_S"), 3: ("Q3_K", "IQ3_S"), 4: ("Q4_K", "IQ4_XS", "IQ4_NL")}.get(bits, ())
+    return [
+        Setting(
+            "llama.cpp", kind, "llamacpp", "llama-cpp", bits, 32 if kind == "IQ4_NL" else 256, {"type": kind},
+            padded=True,
+        )
+        for kind in kinds
+    ]  # fmt: skip
+
+
 def _calibrated(adapter: str, environment: str, bits: int, group: int, note: str = "", **options: object) -> Setting:
     return Setting(adapter, f"g{group} asym{note}", adapter, environment, bits, group, options, padded=True)
 
@@ -98,6 +110,7 @@ _MAKERS = {
     "gptqmodel": _gptqmodel,
     "llmcompressor": _llmcompressor,
     "optimum-gptq": _optimum,
+    "llama.cpp": _llama_cpp,
     "hqq": _hqq,
     "torchao": _torchao,
     "quanto": _quanto,

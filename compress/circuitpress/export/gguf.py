@@ -9,9 +9,12 @@ in its own terms (https://github.com/ggml-org/llama.cpp, tools/quantize and tool
   since llama.cpp uses nothing but ratios within a row;
 - the folder of the unrounded (pruned) model, which `convert_hf_to_gguf.py` turns into a GGUF file.
 
-The importance matrix is read back with the package `gguf`, and the folder's logits are compared as everywhere.
+The importance matrix is read back with the package `gguf`, and the folder's logits are compared as everywhere. What
+llama.cpp makes of all three is measured by benchmarks/llama_cpp.py.
 """
 
+import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,8 @@ ROLES = {
 }  # fmt: skip
 """What llama.cpp calls the matrices of a block."""
 TYPES, IMATRIX = "tensor-types.txt", "imatrix.gguf"
+OUTTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+"""convert_hf_to_gguf.py's names of floating types. Left to itself it makes float16 of float32."""
 
 
 def tensor_name(layer: int, matrix: Matrix) -> str:
@@ -126,14 +131,37 @@ def write_gguf(
             kind = tensor_type(stored[matrix.module].formats[0], matrix.cols)
             assert kind is not None
             nbytes += matrix.rows * (matrix.cols // kind.block) * kind.nbytes
-    return {"types": types, "linear_bytes": nbytes, "commands": commands(out)}
+    return {"types": types, "linear_bytes": nbytes}
 
 
-def commands(out: Path) -> list[str]:
-    """What to type next, with llama.cpp at hand."""
-    model, packed = f"{out}/model-unrounded.gguf", f"{out}/model.gguf"
-    keep = "--token-embedding-type f16 --output-tensor-type f16"
+def commands(anatomy: Anatomy, out: Path) -> list[str]:
+    """What to type next in the folder of llama.cpp, for the export `out` of the model of `anatomy`.
+
+    What lies outside the decoder blocks stays as wide as it is.
+    """
+    folder = shlex.quote(str(out.absolute()))
+    model, packed = f"{folder}/model-unrounded.gguf", f"{folder}/model.gguf"
+    wide = "f32" if anatomy.dtype == "float32" else "f16"
+    told = f"--imatrix {folder}/{IMATRIX} --tensor-type-file {folder}/{TYPES}"
+    keep = f"--token-embedding-type {wide} --output-tensor-type {wide}"
+    outtype = OUTTYPES.get(anatomy.dtype, "auto")
     return [
-        f"python convert_hf_to_gguf.py {out} --outfile {model}",
-        f"llama-quantize --imatrix {out}/{IMATRIX} --tensor-type-file {out}/{TYPES} {keep} {model} {packed} Q4_K_M",
+        f"{_converter(anatomy.folder / 'tokenizer.json')} {folder} --outfile {model} --outtype {outtype}",
+        f"llama-quantize {told} {keep} {model} {packed} Q4_K_M",
     ]
+
+
+def _converter(tokenizer: Path) -> str:
+    """convert_hf_to_gguf.py, told how text is split where a tokenizer splits it as GPT-2's does.
+
+    It knows the tokenizers of published models by a hash of what they make of one text, and refuses a byte-level BPE
+    that was trained for a new model, whose hash is in no list.
+    """
+    found = json.loads(tokenizer.read_text()) if tokenizer.exists() else {}
+    split = found.get("pre_tokenizer") or {}
+    like_gpt2 = split.get("type") == "ByteLevel" and split.get("use_regex", True) and not found.get("normalizer")
+    if not like_gpt2:
+        return "python convert_hf_to_gguf.py"
+    known = "conversion.TextModel.get_vocab_base_pre = lambda *_: 'gpt-2'"
+    run = "runpy.run_path('convert_hf_to_gguf.py', run_name='__main__')"
+    return f'python -c "import runpy, conversion; {known}; {run}"'

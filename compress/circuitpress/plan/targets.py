@@ -43,12 +43,12 @@ class TensorType:
     small: "TensorType | None" = None
 
 
-Q4_0 = TensorType("q4_0", 32, 18)
+IQ4_NL = TensorType("iq4_nl", 32, 18)
 Q5_0 = TensorType("q5_0", 32, 22)
 TENSOR_TYPES = {
     "int2g16": TensorType("q2_k", 256, 84),
     "sym3g16": TensorType("q3_k", 256, 110),
-    "int4g32": TensorType("q4_k", 256, 144, Q4_0),
+    "int4g32": TensorType("q4_k", 256, 144, IQ4_NL),
     "int5g32": TensorType("q5_k", 256, 176, Q5_0),
     "sym6g16": TensorType("q6_k", 256, 210),
     "sym8g32": TensorType("q8_0", 32, 34),
@@ -56,7 +56,8 @@ TENSOR_TYPES = {
     "bfloat16": TensorType("bf16", 1, 2),
     "float32": TensorType("f32", 1, 4),
 }
-"""By the format that stands in for it. Sizes are those of ggml-common.h (block_q2_K, ...)."""
+"""By the format that stands in for it. Sizes are those of ggml-common.h (block_q2_K, ...). IQ4_NL rather than Q4_0,
+which is as large: with it the KL of three plans was 23, 10 and 2 % smaller (stories260K, lab-llama-14m, demo-llama)."""
 
 
 def tensor_type(form: str, cols: int) -> TensorType | None:

@@ -47,7 +47,7 @@ def _export_gguf(
     source: "circuitpress.export.Source", out: Path, console: Console, *, dtype: str | None, dry_run: bool,
     device: str | None,
 ) -> Result:  # fmt: skip
-    from ..export.gguf import PACKAGE, write_gguf
+    from ..export.gguf import PACKAGE, commands, write_gguf
     from ..export.write import publish, refuse_foreign, require, verify
     from ..plan.targets import plan_problems
 
@@ -81,14 +81,14 @@ def _export_gguf(
                 text=json.dumps(windows.describe(), sort_keys=True),
             )  # fmt: skip
             document |= verify(session.working, candidate)
-            document["commands"] = [line.replace(str(candidate), str(out)) for line in document["commands"]]
             publish(candidate, out, document)
         finally:
             shutil.rmtree(candidate, ignore_errors=True)
-    document |= {"out": str(out)}
+    # Not in export.json, which may be pushed: they name folders of this machine.
+    document |= {"out": str(out), "commands": commands(session.anatomy, out)}
     counts = {kind: list(document["types"].values()).count(kind) for kind in dict.fromkeys(document["types"].values())}
-    lines = [f"gguf: {_counted(counts)}", _verdict(document), f"{out}; with llama.cpp at hand:", *document["commands"]]
-    return "\n".join(lines), document
+    lines = [f"gguf: {_counted(counts)}", _verdict(document), f"{out}; next, in the folder of llama.cpp:"]
+    return "\n".join([*lines, *document["commands"]]), document
 
 
 def _diagonals(session: Session) -> dict[str, NDArray[np.float32]]:

@@ -2,7 +2,7 @@
 """Block formats of llama.cpp as the gguf package quantizes them: Q4_0, Q4_1 and others (blocks of 32, float16 scales).
 
 https://github.com/ggml-org/llama.cpp/tree/master/gguf-py. The package only decodes the K-quants (Q2_K to Q6_K) and most
-IQ types; they need llama.cpp's own quantizer. Inputs that are no multiple of 32 stay at 16 bits, as in llama.cpp.
+IQ types, and knows no importance: llamacpp.py has both. Inputs that are no multiple of 32 stay at 16 bits, as there.
 """
 
 from collections.abc import Mapping
