@@ -38,30 +38,33 @@ PEERS = ("llmcompressor", "gptqmodel", "autoround")
 @click.command()
 @click.option("--checkpoint", "checkpoints", type=click.Path(path_type=Path, exists=True), multiple=True, required=True)
 @click.option("--text", "texts", type=click.Path(path_type=Path, exists=True), multiple=True, required=True)
+@click.option("--peers", default=",".join(PEERS), show_default=True)
 @click.option("--windows", default=128, show_default=True, help="of 256 tokens")
 @click.option("--cache", type=click.Path(path_type=Path), help="the peers' environments")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/clock.json"))
 def main(
-    checkpoints: tuple[Path, ...], texts: tuple[Path, ...], windows: int, cache: Path | None, out: Path
+    checkpoints: tuple[Path, ...], texts: tuple[Path, ...], peers: str, windows: int, cache: Path | None, out: Path
 ) -> None:  # fmt: skip
     """Times everybody once on each checkpoint, one thread."""
     torch.set_num_threads(1)
     for checkpoint, text in zip(checkpoints, texts, strict=True):
         with tempfile.TemporaryDirectory() as work:
-            rows = list(_rows(checkpoint, text, windows, cache or peers_folder(), Path(work)))
-        fastest = min(row["cpu_seconds"] for row in rows if row["method"] in PEERS)
+            rows = list(_rows(checkpoint, text, peers.split(","), windows, cache or peers_folder(), Path(work)))
+        fastest = min(row["cpu_seconds"] for row in rows if row["method"] in peers.split(","))
         rows = [row | {"ratio": row["cpu_seconds"] / fastest} for row in rows]
         save_results(out, [row for row in load_rows(out) if row["checkpoint"] != checkpoint.name] + rows)
         for row in rows:
             click.echo(f"{row['checkpoint']} {row['method']}: {row['cpu_seconds']:.1f} s, {row['ratio']:.2f}")
 
 
-def _rows(checkpoint: Path, text: Path, windows: int, cache: Path, work: Path) -> Iterator[dict[str, Any]]:
+def _rows(
+    checkpoint: Path, text: Path, peers: list[str], windows: int, cache: Path, work: Path
+) -> Iterator[dict[str, Any]]:
     tokenizer, anatomy = AutoTokenizer.from_pretrained(checkpoint), read_anatomy(checkpoint)
     text = readable_text(text, tokenizer, work)
     ids = load_windows(text, tokenizer, length=256, samples=windows, seed=0, vocab=anatomy.vocab).ids
     save_file({"ids": ids}, work / "ids.safetensors")
-    for name in PEERS:
+    for name in peers:
         setting = settings([name], [3], groups=[64])[0]
         environment = ENVIRONMENTS[setting.environment]
         (outcome,) = run_peers(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from circuitpress.anatomy import Block, read_anatomy
 from circuitpress.errors import CheckpointError
-from circuitpress.hooks import Captured, capture, emit, gate, replace, self_test, unit_columns, weight_of
+from circuitpress.hooks import Captured, capture, emit, gate, input_of, replace, self_test, unit_columns, weight_of
 from circuitpress.stream import open_stream
 
 from .whole import blocks_of, linears, load, weight
@@ -54,6 +54,23 @@ def test_captured_maps_are_linear(resident: Any) -> None:
         torch.testing.assert_close(output.double(), value.double() @ w.double().T + bias, rtol=0, atol=1e-5)
         assert value.shape == (2, 5, matrix.cols)
         assert output.shape == (2, 5, matrix.rows)
+    assert hooks_on(module) == 0
+
+
+def test_a_pass_ends_where_its_input_is_wanted(resident: Any) -> None:
+    module, place, run = resident
+    x, called = states(module), []
+    names = [place.local(matrix) for matrix in place.matrices]
+    with torch.no_grad(), capture(module, names) as seen:
+        run(x)
+    down = module.get_submodule(place.local(place.role("down")))
+    handle = down.register_forward_hook(lambda *_: called.append("down"))
+    for name in names:
+        assert torch.equal(input_of(module, name, lambda: run(x)), flow(seen[name])[0])
+    assert called == []
+    handle.remove()
+    with pytest.raises(ValueError, match="never calls"):
+        input_of(module, names[0], lambda: None)
     assert hooks_on(module) == 0
 
 

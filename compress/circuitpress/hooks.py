@@ -8,6 +8,8 @@ are removed in `finally`:
 - `emit` rewrites the output of one,
 - `replace` swaps the weights of linear maps.
 
+`input_of` is a `capture` that stops the pass where it has what it wants.
+
 Hooks that silently do nothing are the recurring fault of tools in this field (a renamed module, a fused path, an
 alias), so `self_test` proves on real weights that captured inputs reproduce captured outputs and that a gate changes
 exactly what it must. It runs once per loaded model.
@@ -50,6 +52,31 @@ def capture(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Captu
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Reached(Exception):
+    """Ends a pass that has come far enough."""
+
+
+def input_of(module: nn.Module, name: str, run: Callable[[], object]) -> Tensor:
+    """The input [..., cols] of the submodule `name` in the pass `run()`, which ends there and computes nothing more.
+
+    ValueError if the pass never comes there.
+    """
+    seen: list[Tensor] = []
+
+    def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
+        raise _Reached
+
+    handle = module.get_submodule(name).register_forward_pre_hook(before)
+    try:
+        run()
+    except _Reached:
+        return seen[0]
+    finally:
+        handle.remove()
+    raise ValueError(f"the pass never calls {name}")
 
 
 @contextlib.contextmanager

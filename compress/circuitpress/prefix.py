@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .anatomy import Block, Matrix
 from .formats import CastFormat, parse
-from .hooks import capture, replace, weight_of
+from .hooks import capture, input_of, replace, weight_of
 from .price import load_hessians, load_saliency, permute_inputs, permute_neurons, shard_path
 from .quantize import Quantized, quantize_matrix
 from .quantize.polish import DAMPING
@@ -113,9 +113,8 @@ class Prefix:
         local = place.local(matrices[0])
         for b in range(self._count):
             hidden = self._store.get((b,), stream.device)
-            with replace(module, done, transposed=place.matrices[0].transposed), capture(module, [local]) as seen:
-                stream.run(place.index, module, hidden)
-            y = _flat(seen[local].input).float()
+            with replace(module, done, transposed=place.matrices[0].transposed):
+                y = input_of(module, local, lambda h=hidden: stream.run(place.index, module, h)).flatten(0, -2).float()
             difference = self._store.get((b, step), stream.device).float() - y
             self._store.drop((b, step))
             for name, mine in weights.items():
