@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from circuitpress import price as pricing
 from circuitpress.price import price
 from circuitpress.score.fisher import pull
 from circuitpress.stream import Stream, backward, forward, open_stream
@@ -101,6 +102,7 @@ def test_sampled_prices_estimate_the_same_limit(small: Path, tmp_path: Path, mon
     recorder.install(monkeypatch)
     ids = tokens(4, 3, vocab=13, seed=1)
     many = ids.repeat(1000, 1)  # each copy draws its own labels
+    monkeypatch.setattr(pricing, "PRICED_TOKENS", many.numel())
     stream = open_stream(small, batch_tokens=6000)
     _, prices = price(stream, many, formats=["int3g16"], draws=1, folder=tmp_path)
     model = load(small)
