@@ -113,6 +113,6 @@ def test_neurons_are_rounded_in_their_order_and_return(name: str, request: pytes
         # Right place: each weight is near the one it stands for, nearer than to any other order.
         assert float((value - dense).abs().max()) < 0.5 * float(dense.abs().max())
         moved = float((value != plain[place.local(matrix)]).float().mean())
-        # Rows do not depend on each other, but sums over many of them are made in another order: a near tie of two grids
-        # may fall the other way in one group.
+        # Rows do not depend on each other, but sums over many of them are made in another order: a near tie of two
+        # grids may fall the other way in one group.
         assert moved > 0.5 if matrix.role == "down" else moved < 0.02
