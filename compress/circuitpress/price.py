@@ -63,7 +63,7 @@ def price(
     stream: Stream, windows: Tensor, *, formats: Sequence[str], granularity: Granularity = "matrix", draws: int = 1,
     seed: int = 0, neuron_block: int = 64, neuron_order: Mapping[int, NDArray[np.int64]] | None = None, folder: Path,
     outer: Sequence[str] = (), positions: Tensor | None = None, beside: Sequence[tuple[Path, float]] = (),
-    rounded_for: Path | None = None, advance: Advance = ignore,
+    rounded_for: Path | None = None, feedback: bool = True, advance: Advance = ignore,
 ) -> tuple[Scores, Prices]:  # fmt: skip
     """Prices every group of the model in every format, and scores every unit.
 
@@ -76,7 +76,8 @@ def price(
     For behaviors, whose prompts matter at some places only: `positions` bool [n, length] says which predictions count,
     and nats are per prediction that counts; `beside` are folders of shards whose Hessians, times a weight, join those
     that weights are rounded with, in blocks for which there are any; `rounded_for` is a folder whose Hessians are used
-    instead.
+    instead. Without `feedback` nothing is left of a Hessian but its diagonal, here and for whoever rounds later: every
+    weight goes to its nearest code, and columns differ in their importance alone.
     """
     batches = stream.batches(windows)
     hidden, gradients, finals = stream.store("inputs"), stream.store("gradients"), stream.store("finals")
@@ -104,9 +105,10 @@ def price(
                 hessians = [(load_hessians(other, place, stream.device), weight) for other, weight in there]
                 arrays, notes = visitor.price(
                     formats, groups, by_unit=granularity == "unit", order=order, hessians=hessians,
-                    replace=rounded_for is not None,
+                    replace=rounded_for is not None, feedback=feedback,
                 )  # fmt: skip
-                write_bytes_atomic(path, save(arrays, metadata={"notes": json.dumps(notes)}))
+                metadata = {"notes": json.dumps(notes), "feedback": json.dumps(feedback)}
+                write_bytes_atomic(path, save(arrays, metadata=metadata))
             advance(1 - FORWARD, f"priced block {index}")
 
         backward(stream, hidden, len(batches), visit)
@@ -140,6 +142,12 @@ def has_hessians(folder: Path) -> bool:
     """Whether the shards in `folder` hold Hessians."""
     with safe_open(shard_path(folder, 0), framework="np") as file:
         return any(name.startswith("hessian.") for name in file.keys())  # noqa: SIM118
+
+
+def has_feedback(folder: Path) -> bool:
+    """Whether errors of rounding are fed back to other columns, or weights were priced at their nearest codes."""
+    with safe_open(shard_path(folder, 0), framework="np") as file:
+        return json.loads(file.metadata().get("feedback", "true"))
 
 
 def load_hessians(folder: Path, place: Block, device: torch.device) -> dict[str, Tensor]:
@@ -243,12 +251,14 @@ class BlockPricer:
 
     def price(
         self, formats: Sequence[str], groups: Sequence[Group], *, by_unit: bool, order: NDArray[np.int64] | None,
-        hessians: Sequence[tuple[Mapping[str, Tensor], float]], replace: bool,
+        hessians: Sequence[tuple[Mapping[str, Tensor], float]], replace: bool, feedback: bool = True,
     ) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:  # fmt: skip
         """The arrays of the block's shard, and notes on fallbacks by matrix. `hessians` join, or `replace`, its own."""
         scores, weights, own = self._statistics()
         for other, weight in hessians:
             own = {name: other[name] if replace else hessian + weight * other[name] for name, hessian in own.items()}
+        if not feedback:
+            own = {name: hessian.diagonal().diag() for name, hessian in own.items()}
         arrays: dict[str, NDArray[Any]] = {f"saliency.{name}": s.numpy() for name, s in weights.items()}
         per_window = np.concatenate([scores[kind] for kind in ("head", "kv_group", "neuron")], axis=1)
         arrays["scores"], arrays["scores_stderr"] = per_window.mean(0), _stderr(per_window)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .anatomy import Block
 from .hooks import weight_of
-from .price import has_hessians, load_hessians, load_saliency, permute_inputs, permute_neurons
+from .price import has_feedback, has_hessians, load_hessians, load_saliency, permute_inputs, permute_neurons
 from .quantize import Quantized, quantize_matrix
 from .score.fisher import add_inputs
 from .stream import Stream
@@ -26,7 +26,10 @@ Entry = tuple[str, int, int]
 def block_hessians(
     stream: Stream, module: nn.Module, place: Block, inputs: Callable[[int], Tensor], batches: int, saliency: Path
 ) -> dict[str, Tensor]:
-    """H = E[s x x^T] float32 [cols, cols] of every matrix, from the inputs of the unchanged model or as priced."""
+    """H = E[s x x^T] float32 [cols, cols] of every matrix, from the inputs of the unchanged model or as priced.
+
+    Its diagonal alone where prices were made without feedback.
+    """
     if has_hessians(saliency):
         return load_hessians(saliency, place, stream.device)
     weights = {matrix.module: load_saliency(saliency, place.index, matrix.module) for matrix in place.matrices}
@@ -37,7 +40,7 @@ def block_hessians(
         mine = {name: s[at : at + len(hidden)] / s.numel() for name, s in weights.items()}
         add_inputs(stream, module, place, hidden, mine, result)
         at += len(hidden)
-    return result
+    return result if has_feedback(saliency) else {name: h.diagonal().diag() for name, h in result.items()}
 
 
 def context(calibration: Tensor, saliency: Path) -> Tensor:

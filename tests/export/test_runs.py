@@ -53,7 +53,7 @@ def test_a_plan_for_vllm_has_one_format_for_fused_matrices(
     assert written == pytest.approx(stored, rel=0.1)  # headers and the lists of words are most of the difference
     assert invoke(["export", str(tmp_path / "run" / "model"), "--format", "gguf", "--out", str(tmp_path / "no")]) == 2
     assert invoke(["plan", str(tmp_path / "run"), "--target", "gguf"]) == 2
-    assert "plan.formats: gguf cannot hold sym4g32" in capsys.readouterr().err
+    assert "plan.target: weights are not rounded for gguf as they were for compressed-tensors" in capsys.readouterr().err
 
 
 def test_gguf_takes_types_importance_and_the_unrounded_model(
@@ -91,6 +91,9 @@ def test_gguf_takes_types_importance_and_the_unrounded_model(
     assert quantize[-3:] == [convert[5], f"{out}/model.gguf", "Q4_K_M"]
     weights = read_imatrix(out / "imatrix.gguf")
     assert all(float(values.std()) > 0 and abs(float(values.mean()) - 1) < 1e-3 for values in weights.values())
+    capsys.readouterr()
+    assert invoke(["plan", str(tmp_path / "run"), "--target", "dense"]) == 2  # prices are those of nearest codes
+    assert "--set plan.target=dense" in capsys.readouterr().err
     shutil.move(tmp_path / "run" / "model", tmp_path / "model")
     assert invoke(["export", str(tmp_path / "model"), "--format", "gguf", "--out", str(tmp_path / "other")]) == 1
 

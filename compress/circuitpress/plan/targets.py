@@ -14,7 +14,8 @@
 4. `plan_problems` checks finished decisions, whoever made them.
 
 llama.cpp rounds the weights itself. For gguf, our formats stand in for its types: the same number of bits, blocks and
-kind of grid, so that prices say which matrices need more bits.
+kind of grid, and every weight rounded to its nearest code (`price` without feedback), as llama.cpp does. So prices say
+which matrices need more bits, and KL what to expect.
 """
 
 import math

@@ -108,13 +108,16 @@ def replan(
 
 
 def _replaced(recipe: Recipe, wanted: dict[str, Any]) -> Recipe:
+    if "plan.target" not in wanted:
+        return recipe.replace(wanted)
+    old, new = recipe.plan.target, wanted["plan.target"]
+    hint = f"formats are priced for a target: circuitpress score MODEL --out NEW --set plan.target={new}"
+    if old != new and "gguf" in (old, new):
+        raise RecipeError([f"plan.target: weights are not rounded for {new} as they were for {old}"], hint=hint)
     try:
         return recipe.replace(wanted)
     except RecipeError as error:
-        if "plan.target" not in wanted:
-            raise
-        hint = "formats are priced for a target: circuitpress score MODEL --out NEW --set plan.target="
-        raise RecipeError(error.problems, hint=hint + str(wanted["plan.target"])) from error
+        raise RecipeError(error.problems, hint=hint) from error
 
 
 def apply_plan(out: Path, console: Console, *, device: str | None = None) -> Result:

@@ -155,6 +155,7 @@ def price_behaviors(session: "circuitpress.run.session.Session", formats: Sequen
             session.stream, ids, formats=formats, granularity=session.recipe.plan.granularity, draws=DRAWS,
             folder=folder / "prices", positions=positions, neuron_order=session.prices.neuron_order,
             rounded_for=pricing if has_hessians(pricing) else None,
+            feedback=session.recipe.plan.target != "gguf",
         )  # fmt: skip
         offered = {"offered": session.names(session.recipe.plan.formats)}
         replace(prices, provenance=prices.provenance | offered).save(folder / "prices.safetensors")

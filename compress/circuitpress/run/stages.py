@@ -92,7 +92,7 @@ def _score(session: Session) -> None:
         scores, prices = price(
             session.scoring, calibration.ids, formats=formats, granularity=recipe.plan.granularity,
             draws=recipe.score.draws, seed=recipe.data.seed, folder=session.path / "pricing",
-            outer=session.outer_menu(), beside=beside, advance=advance,
+            outer=session.outer_menu(), beside=beside, feedback=recipe.plan.target != "gguf", advance=advance,
         )  # fmt: skip
     provenance = {
         "model": recipe.model,
