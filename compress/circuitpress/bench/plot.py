@@ -45,8 +45,13 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             yscale="log", xlabel="real bits per weight", ylabel="KL, nats per token", title=f"{checkpoint}, {text}"
         )
         panel.grid(which="both", color="0.88", linewidth=0.5)
-    if panels[0].get_legend_handles_labels()[0]:
-        panels[0].legend(fontsize=7)
+    # One legend for all panels: a peer need not run on every checkpoint.
+    handles = [panel.get_legend_handles_labels() for panel in panels[: len(keys)]]
+    named = {label: handle for pair in handles for handle, label in zip(*pair, strict=True)}
+    if named:
+        figure.legend(
+            list(named.values()), list(named), loc="outside lower center", ncols=min(6, len(named)), fontsize=8
+        )
     with atomic(path) as partial:
         figure.savefig(
             partial, format=path.suffix.removeprefix("."), metadata={"Date": None} if path.suffix == ".svg" else None
