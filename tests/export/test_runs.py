@@ -53,7 +53,9 @@ def test_a_plan_for_vllm_has_one_format_for_fused_matrices(
     assert written == pytest.approx(stored, rel=0.1)  # headers and the lists of words are most of the difference
     assert invoke(["export", str(tmp_path / "run" / "model"), "--format", "gguf", "--out", str(tmp_path / "no")]) == 2
     assert invoke(["plan", str(tmp_path / "run"), "--target", "gguf"]) == 2
-    assert "plan.target: weights are not rounded for gguf as they were for compressed-tensors" in capsys.readouterr().err
+    assert (
+        "plan.target: weights are not rounded for gguf as they were for compressed-tensors" in capsys.readouterr().err
+    )
 
 
 def test_gguf_takes_types_importance_and_the_unrounded_model(
