@@ -57,6 +57,8 @@ FORWARD = 1 / 8
 """What the forward walk counts for in the progress of a block: 0.4 of 5.7 s on the demo model in five formats."""
 KEPT_HESSIANS = 1 << 28
 """Bytes of Hessians, of all blocks together, up to which they are stored."""
+_NEAREST = "nearest"
+"""What marks a shard that was made without feedback. No second key of metadata: safetensors orders them by chance."""
 
 
 def price(
@@ -107,8 +109,7 @@ def price(
                     formats, groups, by_unit=granularity == "unit", order=order, hessians=hessians,
                     replace=rounded_for is not None, feedback=feedback,
                 )  # fmt: skip
-                metadata = {"notes": json.dumps(notes), "feedback": json.dumps(feedback)}
-                write_bytes_atomic(path, save(arrays, metadata=metadata))
+                write_bytes_atomic(path, save(arrays, metadata={"notes": json.dumps(notes)}))
             advance(1 - FORWARD, f"priced block {index}")
 
         backward(stream, hidden, len(batches), visit)
@@ -147,7 +148,7 @@ def has_hessians(folder: Path) -> bool:
 def has_feedback(folder: Path) -> bool:
     """Whether errors of rounding are fed back to other columns, or weights were priced at their nearest codes."""
     with safe_open(shard_path(folder, 0), framework="np") as file:
-        return json.loads(file.metadata().get("feedback", "true"))
+        return _NEAREST not in file.keys()  # noqa: SIM118
 
 
 def load_hessians(folder: Path, place: Block, device: torch.device) -> dict[str, Tensor]:
@@ -260,6 +261,8 @@ class BlockPricer:
         if not feedback:
             own = {name: hessian.diagonal().diag() for name, hessian in own.items()}
         arrays: dict[str, NDArray[Any]] = {f"saliency.{name}": s.numpy() for name, s in weights.items()}
+        if not feedback:
+            arrays[_NEAREST] = np.ones(1, dtype=bool)
         per_window = np.concatenate([scores[kind] for kind in ("head", "kv_group", "neuron")], axis=1)
         arrays["scores"], arrays["scores_stderr"] = per_window.mean(0), _stderr(per_window)
         if by_unit and order is None:
