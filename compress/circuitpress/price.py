@@ -2,9 +2,9 @@
 
 For each block, from the last to the first, while it is resident:
 
-1. Pull the gradients of `graded` micro-batches through it (score/fisher.py). This gives the Fisher scores of its units
-   and, for every matrix, the token weights s. The other tokens weigh as much as these do at their position in the
-   mean, and all tokens make the Hessian H = E[s x x^T].
+1. Pull the gradients of all micro-batches, or of the first half of many, through it (score/fisher.py). This gives the
+   Fisher scores of its units and, for every matrix, the token weights s. Other tokens weigh as much as these do at
+   their position in the mean, and all tokens make the Hessian H = E[s x x^T].
 2. Round every matrix to every format of the menu with that Hessian.
 3. Price what the rounding did: with dY = (Q(W) - W) x,
 
