@@ -95,6 +95,17 @@ def test_pareto_plot_marks_predicted_and_measured() -> None:
     assert not {"this plan, measured", "corrected by the probes"} & set(texts(bare))
 
 
+@pytest.mark.parametrize("formats", [1, 5, 12])
+def test_the_names_of_formats_stand_below_the_axis(formats: int) -> None:
+    points = [(f"int{i}", 10.0**-i, 1.2 * 10.0**-i) for i in range(1, formats + 1)]
+    svg = check_plot(points, label="check")
+    size = float(re.findall(r'viewBox="0 0 \S+ (\S+)"', svg)[0])
+    heights = {text: float(y) for y, text in re.findall(r'y="([-\d.]+)">([^<]*)</text>', svg)}
+    names = [heights[name] for name, *_ in points]
+    assert min(names) > heights["price (predicted KL), nats per token"] + 12  # no line touches the one above
+    assert max(names) < size
+
+
 def test_check_plot_draws_every_point() -> None:
     points = [("int4g64", 0.1, 0.12), ("int4g64", 0.01, 0.02), ("int3g64", 0.3, 0.3)]
     svg = check_plot(points, label="check")

@@ -67,9 +67,11 @@ def check_plot(points: Sequence[tuple[str, float, float]], *, label: str) -> str
     """Measured KL of single changes against their price: points are (format, price, measured), both above zero."""
     names = list(dict.fromkeys(name for name, _, _ in points))
     values = np.array([point[1:] for point in points], dtype=np.float64).reshape(-1, 2)
+    columns = 5
+    legend = 16 * -(-len(names) // columns)  # a row of names takes 14 units
 
     def paint(figure: Figure) -> None:
-        axes = place(figure, 50, 62, 10, 8)
+        axes = place(figure, 50, 46 + legend, 10, 8)
         low, high = values.min() / 1.6, values.max() * 1.6
         axes.plot([low, high], [low, high], color=COLOURS["muted"], lw=0.8)
         axes.fill_between(
@@ -85,9 +87,11 @@ def check_plot(points: Sequence[tuple[str, float, float]], *, label: str) -> str
         axes.grid()
         axes.set_xlabel("price (predicted KL), nats per token")
         axes.set_ylabel("measured KL", labelpad=2)
-        figure.legend(loc="lower left", bbox_to_anchor=(0.1, 0), ncols=5, fontsize=9, handletextpad=0, columnspacing=1)
+        figure.legend(
+            loc="lower left", bbox_to_anchor=(0.1, 0), ncols=columns, fontsize=9, handletextpad=0, columnspacing=1
+        )
 
-    return draw(paint, height=340, label=label)
+    return draw(paint, height=324 + legend, label=label)
 
 
 def task_plot(rows: Sequence[tuple[str, float, float]], *, label: str) -> str:
