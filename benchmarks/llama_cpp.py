@@ -12,6 +12,9 @@ For every run (planned with `plan.target: gguf`):
 4. The same tokens again without llama.cpp's arithmetic: weights decoded by the package gguf, in transformers, compared
    by our evaluator. The same for the float32 model, and for the formats that stand in for llama.cpp's in the run.
 
+The runs of llama-cpp.json: 64 windows of 256 tokens to calibrate on, `score.exact: 0`, `plan.probes: []`, and in
+`plan.formats` the six that stand in for types and the floating one; budgets are those of the mixtures.
+
 llama.cpp comes from PyPI, with what its scripts need: see docs/serve-elsewhere.md.
 
     python benchmarks/llama_cpp.py --run RUN [--run ...] --llama-cpp SOURCE --build SOURCE/build [--text FILE]

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from circuitpress.store import Store
+import circuitpress.store as storing
+from circuitpress.store import Store, return_freed_memory
 
 SIZE = 6 * 4  # bytes of one small tensor
 
@@ -98,3 +99,20 @@ def test_clearing_removes_the_folder(tmp_path: Path) -> None:
     store.put((8,), small(8))
     assert torch.equal(store.get((8,)), small(8))
     store.clear()
+
+
+def test_memory_goes_back_once_there_is_much_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the limit only; an older C library, which cannot say how much it keeps, is asked at every turn."""
+    trimmed: list[int] = []
+
+    class Library:
+        def __init__(self, kept: int | None) -> None:
+            self.malloc_trim = trimmed.append
+            if kept is not None:
+                self.mallinfo2 = lambda: storing._Heap(fordblks=kept)
+
+    for kept, expected in ((storing.FREED, 0), (storing.FREED + 1, 1), (None, 1)):
+        trimmed.clear()
+        monkeypatch.setattr(storing.ctypes, "CDLL", lambda _, kept=kept: Library(kept))
+        return_freed_memory()
+        assert len(trimmed) == expected

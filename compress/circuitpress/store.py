@@ -82,9 +82,10 @@ def return_freed_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
-        kept = libc.mallinfo2
-        kept.restype = _Heap
-        if kept().fordblks > FREED:
+        kept = getattr(libc, "mallinfo2", None)
+        if kept is not None:
+            kept.restype = _Heap
+        if kept is None or kept().fordblks > FREED:
             libc.malloc_trim(0)
 
 

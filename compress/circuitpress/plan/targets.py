@@ -61,6 +61,11 @@ TENSOR_TYPES = {
 which is as large: with it the KL of three plans was 23, 10 and 2 % smaller (stories260K, lab-llama-14m, demo-llama)."""
 
 
+def rounded_here(target: str) -> bool:
+    """Whether weights for `target` are rounded here, each for the errors of others, and not by the runtime itself."""
+    return target != "gguf"
+
+
 def tensor_type(form: str, cols: int) -> TensorType | None:
     """The type that llama.cpp gives a matrix with `cols` columns; None if its blocks do not divide them."""
     kind = TENSOR_TYPES.get(form)

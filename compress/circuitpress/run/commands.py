@@ -108,11 +108,13 @@ def replan(
 
 
 def _replaced(recipe: Recipe, wanted: dict[str, Any]) -> Recipe:
+    from ..plan.targets import rounded_here
+
     if "plan.target" not in wanted:
         return recipe.replace(wanted)
     old, new = recipe.plan.target, wanted["plan.target"]
     hint = f"formats are priced for a target: circuitpress score MODEL --out NEW --set plan.target={new}"
-    if old != new and "gguf" in (old, new):
+    if rounded_here(old) != rounded_here(new):
         raise RecipeError([f"plan.target: weights are not rounded for {new} as they were for {old}"], hint=hint)
     try:
         return recipe.replace(wanted)

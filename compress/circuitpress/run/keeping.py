@@ -145,6 +145,7 @@ def price_hessians(session: "circuitpress.run.session.Session") -> list[tuple[Pa
 
 def price_behaviors(session: "circuitpress.run.session.Session", formats: Sequence[str]) -> None:
     """Prices every group in every format on every behavior, rounded as the text's prices were."""
+    from ..plan.targets import rounded_here
     from ..price import has_hessians, price
 
     pricing = session.path / "pricing"
@@ -155,7 +156,7 @@ def price_behaviors(session: "circuitpress.run.session.Session", formats: Sequen
             session.stream, ids, formats=formats, granularity=session.recipe.plan.granularity, draws=DRAWS,
             folder=folder / "prices", positions=positions, neuron_order=session.prices.neuron_order,
             rounded_for=pricing if has_hessians(pricing) else None,
-            feedback=session.recipe.plan.target != "gguf",
+            feedback=rounded_here(session.recipe.plan.target),
         )  # fmt: skip
         offered = {"offered": session.names(session.recipe.plan.formats)}
         replace(prices, provenance=prices.provenance | offered).save(folder / "prices.safetensors")

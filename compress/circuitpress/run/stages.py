@@ -83,6 +83,7 @@ def _prune(session: Session) -> None:
 
 def _score(session: Session) -> None:
     from ..outer import load_outer
+    from ..plan.targets import rounded_here
     from ..price import price
 
     recipe, (calibration, held_out, test) = session.recipe, session.windows
@@ -92,7 +93,7 @@ def _score(session: Session) -> None:
         scores, prices = price(
             session.scoring, calibration.ids, formats=formats, granularity=recipe.plan.granularity,
             draws=recipe.score.draws, seed=recipe.data.seed, folder=session.path / "pricing",
-            outer=session.outer_menu(), beside=beside, feedback=recipe.plan.target != "gguf", advance=advance,
+            outer=session.outer_menu(), beside=beside, feedback=rounded_here(recipe.plan.target), advance=advance,
         )  # fmt: skip
     provenance = {
         "model": recipe.model,
