@@ -26,6 +26,7 @@ from .console import Console
 from .errors import CircuitpressError
 from .evaluating import eval_, lm_eval
 from .exporting import export
+from .interrupt import interrupts
 from .microscope import inspect, sae
 from .publishing import push
 
@@ -281,19 +282,23 @@ def main(args: list[str] | None = None) -> None:
 
 def invoke(args: list[str] | None = None) -> int:
     """Runs a command and returns its exit code; what went wrong is on stderr."""
-    try:
-        code = cli.main(args, prog_name="circuitpress", standalone_mode=False)
-    except _Failure as failure:
-        return _show(failure.error, failure.console)
-    except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx else "circuitpress"
-        Console().fail(error.format_message(), f"{command} --help")
-        return 2
-    except click.ClickException as error:
-        Console().fail(error.format_message())
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        return _show(KeyboardInterrupt(), Console())
+    with interrupts() as interrupted:
+        try:
+            code = cli.main(args, prog_name="circuitpress", standalone_mode=False)
+        except _Failure as failure:
+            error = failure.error
+            if interrupted():
+                error = KeyboardInterrupt().with_traceback(error.__traceback__)
+            return _show(error, failure.console)
+        except click.UsageError as error:
+            command = error.ctx.command_path if error.ctx else "circuitpress"
+            Console().fail(error.format_message(), f"{command} --help")
+            return 2
+        except click.ClickException as error:
+            Console().fail(error.format_message())
+            return error.exit_code
+        except (click.Abort, KeyboardInterrupt):
+            return _show(KeyboardInterrupt(), Console())
     return code if isinstance(code, int) else 0
 
 
