@@ -188,9 +188,14 @@ def test_the_hessian_is_that_of_the_formula(tiny_llama: Path, tmp_path: Path, mo
         torch.testing.assert_close(kept.double(), s, rtol=CLOSE, atol=1e-9 * float(s.max()))
 
 
-def test_half_of_many_tokens_have_gradients(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others weigh what these do at their position in the mean; scores and prices are those of the first half."""
+@pytest.mark.parametrize("room", [0, pricing.KEPT_INPUTS])
+def test_half_of_many_tokens_have_gradients(
+    tiny_llama: Path, tmp_path: Path, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others weigh what these do at their position in the mean; scores and prices are those of the first half.
+    Whether what the others read is kept or computed again makes no difference."""
     monkeypatch.setattr(pricing, "GRADED_TOKENS", 20)
+    monkeypatch.setattr(pricing, "KEPT_INPUTS", room)
     recorder = Recorder()
     recorder.install(monkeypatch)
     ids = tokens(5, 9)

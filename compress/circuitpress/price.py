@@ -37,7 +37,8 @@ from .formats import parse
 from .hooks import weight_of
 from .outer import outer_batches, outer_path, price_outer
 from .quantize import Quantized, quantize_everywhere
-from .score.fisher import Flow, add_inputs, add_second_moment, output_gradients, pull, saliency, unit_effects
+from .score.fisher import Flow, add_second_moment, output_gradients, pull, saliency, unit_effects
+from .score.inputs import KeptInputs, add_inputs, matrix_inputs
 from .segments import Granularity, groups_of
 from .store import Store, return_freed_memory
 from .stream import Stream, backward, forward
@@ -46,13 +47,16 @@ from .units import Group, Prices, Scores, UnitId
 KEPT_FLOWS = 1 << 29
 """Bytes of x and g that a block keeps between its two passes: all of a small model's, some of a large one's. What is
 not kept costs another forward and backward pass of the block."""
+KEPT_INPUTS = 1 << 29
+"""Bytes of inputs that the forward walk keeps of tokens without a gradient, of a small model: running them through all
+blocks once more for their Hessians takes 5 % of the time."""
 GRADED_TOKENS = 1 << 14
 """Tokens up to which all have gradients; of more, half of them, in whole micro-batches: a token with a gradient takes
 three times as long as one without. KL at 2.6 to 4 bits moves by -3 to +5 %, by -1 % in the mean (stories260K and
 babyllama-105, 16 of 28 thousand tokens)."""
-PRICED_TOKENS = 1 << 13
+PRICED_TOKENS = 1 << 12
 """Tokens that changes are priced on, in whole micro-batches: every format costs a product with each of them. Plans of
-five formats on twice or half as many tokens are as good to 3 % of KL (three checkpoints, three budgets)."""
+five formats on two or four times as many are as good to 3 % of KL (three checkpoints, three budgets)."""
 FORWARD = 1 / 8
 """What the forward walk counts for in the progress of a block: 0.4 of 5.7 s on the demo model in five formats."""
 KEPT_HESSIANS = 1 << 28
@@ -85,8 +89,12 @@ def price(
     hidden, gradients, finals = stream.store("inputs"), stream.store("gradients"), stream.store("finals")
     outer = () if outer_path(folder).exists() else outer
     try:
-        forward(stream, batches, hidden, keep=True, advance=lambda n, note: advance(FORWARD * n, f"forward, {note}"))
         graded = batches[: len(batches) if positions is not None else _graded(batches)]
+        read = KeptInputs(stream, batches, len(graded), KEPT_INPUTS)
+        forward(
+            stream, batches, hidden, keep=True, around=read.watch,
+            advance=lambda n, note: advance(FORWARD * n, f"forward, {note}"),
+        )  # fmt: skip
         keys = output_gradients(stream, graded, hidden, gradients, draws=draws, seed=seed, positions=positions)
         counted = windows.numel() if positions is None else int(positions.sum())
         others = [(rounded_for, 1.0)] if rounded_for else list(beside)
@@ -95,8 +103,8 @@ def price(
 
         def visit(index: int, module: nn.Module, inputs: Callable[[int], Tensor]) -> None:
             place = stream.anatomy.blocks[index]
-            sizes = [len(ids) for ids in batches]
-            visitor = BlockPricer(stream, module, place, inputs, gradients, keys, sizes, windows.shape[1], counted)
+            sizes, length = [len(ids) for ids in batches], windows.shape[1]
+            visitor = BlockPricer(stream, module, place, inputs, gradients, keys, sizes, length, counted, read)
             path = shard_path(folder, index)
             if path.exists():
                 visitor.pull_all()
@@ -197,9 +205,10 @@ class BlockPricer:
     def __init__(
         self, stream: Stream, module: nn.Module, place: Block, inputs: Callable[[int], Tensor], gradients: Store,
         keys: Sequence[tuple[int, int]], sizes: Sequence[int], length: int, counted: int,
+        read: KeptInputs | None = None,
     ) -> None:  # fmt: skip
         self.stream, self.module, self.place = stream, module, place
-        self.inputs, self.gradients, self.keys = inputs, gradients, keys
+        self.inputs, self.gradients, self.keys, self.read = inputs, gradients, keys, read
         self.windows, self.length = sum(sizes), length
         self.draws = 1 + max(draw for _, draw in keys)
         # From means over all tokens to means over the predictions that count.
@@ -304,7 +313,8 @@ class BlockPricer:
             weight[graded:] = weight[:graded].mean(0)
         for b in range(self.graded, len(self.rows)):
             mine = {name: weight[self.rows[b]] / weight.numel() for name, weight in weights.items()}
-            add_inputs(self.stream, self.module, place, self.inputs(b), mine, hessians)
+            seen = self.read.take(place.index, b) if self.read else None
+            add_inputs(seen or matrix_inputs(self.stream, self.module, place, self.inputs(b)), mine, hessians)
         return scores, weights, hessians
 
     def _round(

@@ -15,7 +15,7 @@ from .anatomy import Block
 from .hooks import weight_of
 from .price import has_feedback, has_hessians, load_hessians, load_saliency, permute_inputs, permute_neurons
 from .quantize import Quantized, quantize_matrix
-from .score.fisher import add_inputs
+from .score.inputs import add_inputs, matrix_inputs
 from .stream import Stream
 from .units import Decision
 
@@ -38,7 +38,7 @@ def block_hessians(
     for b in range(batches):
         hidden = inputs(b)
         mine = {name: s[at : at + len(hidden)] / s.numel() for name, s in weights.items()}
-        add_inputs(stream, module, place, hidden, mine, result)
+        add_inputs(matrix_inputs(stream, module, place, hidden), mine, result)
         at += len(hidden)
     return result if has_feedback(saliency) else {name: h.diagonal().diag() for name, h in result.items()}
 

@@ -27,6 +27,8 @@ from .errors import CheckpointError
 from .hooks import self_test
 from .store import Store, return_freed_memory
 
+Around = Callable[[int, int, nn.Module], contextlib.AbstractContextManager[None]]
+"""Called with a block's index, a micro-batch's and the resident block: the context in which the block runs on it."""
 Visit = Callable[[int, nn.Module, Callable[[int], Tensor]], None]
 """Called with a block's index, the resident block and `inputs(b)`, the block's input for micro-batch b."""
 
@@ -236,12 +238,13 @@ def _materialise(
 
 def forward(
     stream: Stream, batches: Sequence[Tensor], store: Store, *, keep: bool = False, visit: Visit | None = None,
-    advance: Callable[[float, str], None] | None = None,
+    around: Around | None = None, advance: Callable[[float, str], None] | None = None,
 ) -> None:  # fmt: skip
     """Walks micro-batches of token ids up through all blocks; `store` ends with the final hidden states.
 
     `store` holds key (i, b): the input of block i for micro-batch b; (depth, b) is the output of the last block. With
-    `keep` all of them stay for a later `backward`. `visit` sees every block while it is resident.
+    `keep` all of them stay for a later `backward`. `visit` sees every block while it is resident, and what a block does
+    with a micro-batch happens in the context that `around` gives.
     """
     with torch.no_grad():
         for b, ids in enumerate(batches):
@@ -251,7 +254,8 @@ def forward(
                 if visit is not None:
                     visit(i, module, lambda b, i=i: store.get((i, b), stream.device))
                 for b in range(len(batches)):
-                    hidden = stream.run(i, module, store.get((i, b), stream.device))
+                    with around(i, b, module) if around else contextlib.nullcontext():
+                        hidden = stream.run(i, module, store.get((i, b), stream.device))
                     if not bool(hidden.isfinite().all()):
                         raise CheckpointError(
                             f"block {i} of {stream.anatomy.folder} computes NaN or infinity in {stream.dtype}",

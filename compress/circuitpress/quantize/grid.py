@@ -20,8 +20,8 @@ from ..formats.integer import both_halves
 from ..formats.scales import round_scales, shared_exponents
 from .polish import Block, Grids
 
-SHRINK = torch.linspace(1.0, 0.4, 9)
-"""Factors by which the range is narrowed at first."""
+SHRINK = torch.linspace(1.0, 0.4, 7)
+"""Factors by which the range is narrowed at first. With 9 of them errors are the same within .1 % at 2 to 8 bits."""
 
 AROUND = (-0.05, -0.025, 0.025, 0.05)
 """What is added to the best of them, row by row. On random weights in groups of 64 the two rounds have .2, .9 and 6 %
@@ -82,10 +82,11 @@ class AffineGrids(Grids):
         scale, zero, maxq = self.scales[group], self.zeros[group], self.maxq[group]
         target.div_(scale).add_(zero)
         torch.div(weight, scale, out=out).add_(zero)
-        codes = torch.empty_like(target)
-        for k in range(len(target) - 1, -1, -1):
-            code = torch.minimum(target[k].round_().clamp_(min=0), maxq, out=codes[k])
-            target[:k].addr_(inner[:k, k], out[k].sub_(code))
+        codes, bottom = torch.empty_like(target), torch.zeros_like(maxq)
+        columns = zip(codes.unbind(), target.unbind(), out.unbind(), strict=True)
+        for k, (code, wish, wrong) in reversed(list(enumerate(columns))):
+            torch.clamp(wish.round_(), bottom, maxq, out=code)
+            target[:k].addr_(inner[:k, k], wrong.sub_(code))
         out.mul_(scale)
         return codes
 
@@ -96,13 +97,15 @@ class AffineGrids(Grids):
             return
         scale, zero, maxq = self.scales[group], self.zeros[group], self.maxq[group]
         gradient.div_(scale)
-        code, step = torch.empty_like(zero), torch.empty_like(zero)
-        for k, curvature in enumerate(block.hessian.diagonal().tolist()):
-            torch.sub(codes[k], gradient[k], alpha=1 / curvature if curvature > 0 else 0, out=code)
-            torch.minimum(code.round_().clamp_(min=0), maxq, out=code)
-            torch.sub(code, codes[k], out=step)
-            gradient[k + 1 :].addr_(block.hessian[k + 1 :, k], step)
-            codes[k] = code
+        bottom, step = torch.zeros_like(maxq), torch.empty_like(maxq)
+        columns = zip(codes.unbind(), codes.clone().unbind(), gradient.unbind(), strict=True)
+        # A row of the matrices is short, so that what a column costs is its number of operations and of views.
+        for (k, curvature), (code, old, slope) in zip(
+            enumerate(block.hessian.diagonal().tolist()), columns, strict=True
+        ):
+            torch.sub(old, slope, alpha=1 / curvature if curvature > 0 else 0, out=code)
+            torch.clamp(code.round_(), bottom, maxq, out=code)
+            gradient[k + 1 :].addr_(block.hessian[k + 1 :, k], torch.sub(code, old, out=step))
         torch.sub(codes, zero, out=values).mul_(scale)
 
     def refit(self, group: int, codes: Tensor, block: Block) -> Tensor:

@@ -146,21 +146,3 @@ def add_second_moment(total: Tensor, x: Tensor, weight: Tensor) -> None:
         strip = total[start:stop, start:]
         strip.addmm_(scaled[:, start:stop].T, scaled[:, start:])
         total[stop:, start:stop] = strip[:, stop - start :].T
-
-
-@torch.no_grad()
-def add_inputs(
-    stream: Stream, module: nn.Module, place: Block, hidden: Tensor, weights: Mapping[str, Tensor],
-    hessians: Mapping[str, Tensor],
-) -> None:  # fmt: skip
-    """Adds sum_t weight_t x_t x_t^T of every matrix of resident block `place` to `hessians`, without any gradient.
-
-    `hidden` [batch, length, hidden] enters the block; `weights` [batch, length] and `hessians` are by module name.
-    """
-    names = {matrix.module: place.local(matrix) for matrix in place.matrices}
-    with capture(module, list(names.values())) as seen:
-        stream.run(place.index, module, hidden)
-    for name, local in names.items():
-        x = seen[local].input
-        assert x is not None
-        add_second_moment(hessians[name], x.flatten(0, -2), weights[name].flatten().to(x.device))
