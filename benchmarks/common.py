@@ -19,12 +19,8 @@ from circuitpress.stream import Stream
 
 def save_results(path: Path, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
     """Writes one results file with the commit, machine, versions and command that made it, and what `more` says."""
-    root = Path(__file__).parent.parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
-    )
     document = {
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit(),
         "machine": ", ".join([platform.machine(), f"{torch.get_num_threads()} threads", get_cpu_capability()]),
         "versions": {name: version(name) for name in ("circuitpress", "torch", "transformers", "numpy", "scipy")},
         "command": command_line(),
@@ -33,6 +29,15 @@ def save_results(path: Path, rows: Sequence[Mapping[str, Any]], **more: Any) -> 
     body = ",\n  ".join(json.dumps(row) for row in rows)
     text = json.dumps(document, indent=1)[:-2] + ',\n "rows": [\n  ' + body + "\n ]\n}\n"
     write_bytes_atomic(path, text.encode())
+
+
+def commit() -> str:
+    """The commit that is checked out, marked if files differ from it."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent.parent, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    return found.stdout.strip() or "unknown"
 
 
 def command_line() -> str:

@@ -21,7 +21,7 @@ from circuitpress.bench import PEERS, Comparison, compare, draw, peers_folder, r
 from circuitpress.bench.jobs import Setting
 from circuitpress.console import Console
 from circuitpress.recipe import Recipe
-from common import command_line, load_rows, readable_text, save_results
+from common import command_line, commit, load_rows, readable_text, save_results
 
 _PATH = click.Path(path_type=Path)
 
@@ -66,7 +66,11 @@ def main(
         kept = [row for row in load_rows(out / "quality.json") if row["checkpoint"] != checkpoint.name]
         # Rows of an earlier version of this file name other things.
         everything = [row for row in kept if "error" in row] + rows
-        save_results(out / "quality.json", everything, commands=_commands(out / "quality.json", checkpoint.name))
+        save_results(
+            out / "quality.json", everything,
+            commands=_known(out, "commands") | {checkpoint.name: command_line()},
+            commits=_known(out, "commits") | {checkpoint.name: commit()},
+        )  # fmt: skip
         draw(everything, out / "quality.svg")
         click.echo(render(rows))
 
@@ -85,10 +89,10 @@ def _text(spec: str, checkpoint: Path, folder: Path) -> Path:
     return readable_text(path, AutoTokenizer.from_pretrained(checkpoint), folder)
 
 
-def _commands(path: Path, checkpoint: str) -> dict[str, str]:
-    """The command behind the rows of each checkpoint, this one's being the present one."""
-    known = json.loads(path.read_text()).get("commands", {}) if path.exists() else {}
-    return known | {checkpoint: command_line()}
+def _known(out: Path, what: str) -> dict[str, str]:
+    """What the results tell of each checkpoint's rows: the command or the commit behind them."""
+    path = out / "quality.json"
+    return json.loads(path.read_text()).get(what, {}) if path.exists() else {}
 
 
 def _settings(peer: str, bits: list[int], groups: list[int]) -> list[Setting]:
