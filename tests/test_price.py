@@ -201,7 +201,7 @@ def test_half_of_many_tokens_have_gradients(
     ids = tokens(5, 9)
     stream = open_stream(tiny_llama, batch_tokens=18)
     scores, prices = price(stream, ids, formats=FORMATS, seed=2, folder=tmp_path)
-    model, seen = load(tiny_llama), 4  # two micro-batches of two windows hold half of the tokens
+    model, seen = load(tiny_llama), 2  # two micro-batches of two windows would be more than half of the tokens
     check_scores(model, ids[:seen], scores, draws=1)
     brute = brute_force(model, ids[:seen], prices, recorder, draws=1, seed=2)
     assert_close(prices.nats, brute.token.mean(0))

@@ -1,5 +1,6 @@
 """Hidden states in memory and on disk: the same numbers, the limit kept, nothing left behind."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,17 +103,31 @@ def test_clearing_removes_the_folder(tmp_path: Path) -> None:
 
 
 def test_memory_goes_back_once_there_is_much_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond the limit only; an older C library, which cannot say how much it keeps, is asked at every turn."""
+    """Beyond the limit only, and once; an older C library, which cannot say what it keeps, is asked at every turn."""
     trimmed: list[int] = []
 
     class Library:
         def __init__(self, kept: int | None) -> None:
             self.malloc_trim = trimmed.append
             if kept is not None:
-                self.mallinfo2 = lambda: storing._Heap(fordblks=kept)
+                self.mallinfo2 = lambda: storing._Heap(fordblks=kept, uordblks=1000, hblkhd=100)
 
-    for kept, expected in ((storing.FREED, 0), (storing.FREED + 1, 1), (None, 1)):
+    much = storing.FREED + 1
+    for kept, resident, expected in (
+        (much - 1, 4 * much, 0),
+        (much, 4 * much, 1),
+        (much, much + 1099, 0),
+        (None, 0, 1),
+    ):
         trimmed.clear()
         monkeypatch.setattr(storing.ctypes, "CDLL", lambda _, kept=kept: Library(kept))
+        monkeypatch.setattr(storing, "_resident", lambda resident=resident: resident)
         return_freed_memory()
         assert len(trimmed) == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel")
+def test_what_is_resident() -> None:
+    before = storing._resident()
+    block = torch.ones(1 << 24)
+    assert storing._resident() - before > 0.9 * block.numel() * block.element_size()

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import shutil
 from pathlib import Path
 
@@ -82,15 +83,23 @@ def return_freed_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
-        kept = getattr(libc, "mallinfo2", None)
-        if kept is not None:
-            kept.restype = _Heap
-        if kept is None or kept().fordblks > FREED:
-            libc.malloc_trim(0)
+        if (info := getattr(libc, "mallinfo2", None)) is not None:
+            info.restype = _Heap
+            heap = info()
+            # What was handed back stays in the account of what is free, but not in memory.
+            if min(heap.fordblks, _resident() - heap.uordblks - heap.hblkhd) <= FREED:
+                return
+        libc.malloc_trim(0)
+
+
+def _resident() -> int:
+    """Bytes of this process in memory that no file backs."""
+    _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
+    return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
 
 
 class _Heap(ctypes.Structure):
-    """What mallinfo2 (glibc 2.33 and newer) answers; `fordblks` are the bytes that are free but kept."""
+    """What mallinfo2 (glibc 2.33 and newer) answers: bytes in use are `uordblks` and `hblkhd`, free ones `fordblks`."""
 
     _fields_ = [
         (name, ctypes.c_size_t)
