@@ -1,8 +1,8 @@
 """Which ranking of heads should decide what is protected? Synthetic IOI, equal bytes, everything else at 2 bits.
 
 On four trained two-layer models (tests/data/ioi) every matrix of the blocks is rounded with one symmetric scale a
-tensor: its largest weight for 2 bits, that of ternary weight networks for ternary. That is harsh enough to break the
-behavior. The last MLP and k heads stay as they are, in one of two settings:
+tensor: its largest weight for 2 bits, the mean size of its weights for absmean, that of ternary weight networks for
+ternary. That is harsh enough to break the behavior. The last MLP and k heads stay as they are, in one of two settings:
 
 - shared: all keys and values stay too, since heads share them; a head is its rows of q and its columns of o, so k heads
   are the same bytes whichever they are
@@ -54,7 +54,7 @@ from lab.ioi import behavior
 
 CHECKPOINTS = Path(__file__).parent.parent / "tests" / "data" / "ioi"
 SEEDS = (0, 1, 2, 3)
-BITS = {"2-bit": 2.0, "ternary": float(np.log2(3))}
+BITS = {"2-bit": 2.0, "absmean": float(np.log2(3)), "ternary": float(np.log2(3))}
 MOST = {"shared": 3, "whole": 1}
 """Settings, and how many heads are protected at most."""
 
@@ -214,11 +214,15 @@ def mask(place: Block, heads: Heads) -> Tensor:
 def round_tensor(weight: Tensor, grid: str) -> Tensor:
     """The nearest point of a symmetric grid with one scale for the whole matrix.
 
-    `ternary` is Li et al., arXiv 1605.04711: weights above 0.7 of the mean size become the mean of those.
+    `absmean` is Ma et al., arXiv 2402.17764, eq. 1 to 3; `ternary` is Li et al., arXiv 1605.04711: weights above 0.7 of
+    the mean size become the mean of those.
     """
     if grid == "2-bit":
         scale = weight.abs().max()
         return (weight / scale).round().clamp(-2, 1) * scale
+    if grid == "absmean":
+        scale = weight.abs().mean()
+        return (weight / scale).round().clamp(-1, 1) * scale
     above = weight.abs() > 0.7 * weight.abs().mean()
     return weight.sign() * above * weight.abs()[above].mean()
 

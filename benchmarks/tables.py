@@ -174,15 +174,16 @@ def behavior() -> str:
 
 def protection() -> str:
     """Mean logit difference of a trained circuit when few of its parts stay dense, by how they were chosen."""
-    rows = _select(_rows("protection.json"), grid="2-bit")
-    dense = np.mean([row["dense"] for row in rows])
-    columns = [("shared", heads) for heads in (0, 1, 2, 3)] + [("whole", heads) for heads in (0, 1)]
+    rows = _rows("protection.json")
+    columns = [("shared", "2-bit", heads) for heads in (1, 2, 3)]
+    columns += [("whole", grid, 1) for grid in ("2-bit", "absmean", "ternary")]
     lines = []
     for (ranking,) in _keys(rows, "ranking"):
-        kept = [_mean(rows, "compressed", ranking=ranking, setting=setting, heads=n) for setting, n in columns]
-        lines.append([ranking.replace("_", " "), *("" if np.isnan(value) else f"{value:.2f}" for value in kept)])
-    lines.append(["(dense)", f"{dense:.2f}", *[""] * 5])
-    head = ["which heads stay", "none", "1 head", "2 heads", "3 heads", "nothing at all", "1 whole head"]
+        mine, none = _select(rows, ranking=ranking), ranking == "none"
+        kept = [_mean(mine, "compressed", setting=s, grid=g, heads=0 if none else n) for s, g, n in columns]
+        lines.append([ranking.replace("_", " "), *(f"{value:.2f}" for value in kept)])
+    lines.append(["(dense)", f"{np.mean([row['dense'] for row in rows]):.2f}", *[""] * 5])
+    head = ["which heads stay", "1 head", "2 heads", "3 heads", "1 whole head", "absmean", "ternary"]
     return _table(head, lines)
 
 
