@@ -19,7 +19,7 @@ LIBRARY = ROOT / "compress" / "circuitpress"
 KERNELS = ROOT / "kernels" / "circuitpress_kernels"
 
 FLOORS = (
-    ("units", "fields", "files", "errors", "formats", "menu", "recipe", "console", "yamltext"),
+    ("units", "fields", "files", "errors", "formats", "interrupt", "menu", "recipe", "console", "yamltext"),
     ("stream", "hooks", "anatomy", "assemble", "behaviors", "bnb", "checkpoint", "data", "store", "widths"),
     ("segments", "mech", "score", "quantize", "prune", "evaluate", "runtime"),
     ("apply", "refine", "audit", "outer", "features", "price", "plan", "prefix", "probe", "rounding"),

@@ -12,7 +12,7 @@ from circuitpress.price import price
 from circuitpress.probe import choose_singles, exact, probe, uniform_plan
 from circuitpress.segments import Granularity
 from circuitpress.stream import open_stream
-from circuitpress.units import Decision, Group, Plan, Prices
+from circuitpress.units import Decision, Group, Plan, Prices, Probe
 
 from .recorder import NeuronOrder, Recorder
 from .whole import divergence, linears, load, tokens, weight
@@ -37,20 +37,28 @@ def test_a_uniform_probe_is_the_fidelity_of_the_applied_model(
     _, prices = price(
         stream, CALIBRATION, formats=formats, granularity=granularity, neuron_block=16, folder=tmp_path / "priced"
     )
-    probes = probe(
-        stream, calibration=CALIBRATION, held_out=HELD_OUT, prices=prices, saliency=tmp_path / "priced", formats=formats
-    )
-    assert [p.label for p in probes] == ["uniform int2g16", "uniform int4g16"]
-    for f, (found, form) in enumerate(zip(probes, formats, strict=True)):
+
+    def measure(*forms: str) -> list[Probe]:
+        saliency = tmp_path / "priced"
+        return probe(
+            stream, calibration=CALIBRATION, held_out=HELD_OUT, prices=prices, saliency=saliency, formats=forms
+        )
+
+    together = measure(*formats)
+    assert [p.label for p in together] == ["uniform int2g16", "uniform int4g16"]
+    for f, form in enumerate(formats):
+        (found,) = measure(form)
+        # Formats that are rounded in one pass share its products, whose float noise may decide a code in thousands.
+        assert together[f].measured_kl == pytest.approx(found.measured_kl, rel=1e-3)
         plan = make_plan(prices, uniform_plan(prices, form))
         out = tmp_path / form
         apply(stream, plan, CALIBRATION, saliency=tmp_path / "priced", shards=tmp_path / "shards", out=out)
         measured = fidelity(open_stream(out), open_stream(folder), HELD_OUT)
         # The same weights; neurons in another order of summation, micro-batches of another size.
-        assert found.measured_kl == pytest.approx(measured.divergence.kl, rel=1e-4)
+        assert found.measured_kl == pytest.approx(measured.divergence.kl, rel=1e-6)
         assert found.bits_per_weight == pytest.approx(measured.bits_per_weight, rel=1e-12)
         assert found.predicted_kl == pytest.approx(float(prices.nats[:, f].sum()), rel=1e-12)
-    assert probes[0].measured_kl > 2 * probes[1].measured_kl > 0.01
+    assert together[0].measured_kl > 2 * together[1].measured_kl > 0.01
 
 
 @pytest.mark.parametrize("granularity", ["matrix", "unit"])

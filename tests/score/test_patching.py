@@ -215,7 +215,9 @@ def test_rounding_one_unit(name: str, request: pytest.FixtureRequest) -> None:
     folder, behavior = request.getfixturevalue(name), contrasts()
     stream = open_stream(folder, batch_tokens=24)
     head, neurons = UnitId(1, "head", 3), [UnitId(0, "neuron", n) for n in (2, 3, 40)]
-    before, after = round_sets(stream, behavior, {"head": [head], "mlp": neurons}, ["int2", "dense"], group_size=16)
+    before, after = round_sets(
+        stream, behavior, {"head": [head], "mlp": neurons}, ["int2", "int8", "dense"], group_size=16
+    )
     for unit in ("head", "mlp"):
         assert torch.equal(after["dense"][unit], before)
     kept = torch.arange(8) <= whole_position(behavior)[:, None]
@@ -238,7 +240,9 @@ def test_rounding_one_unit(name: str, request: pytest.FixtureRequest) -> None:
         np.testing.assert_allclose(after["int2"][set_name].numpy(), expected.numpy(), rtol=1e-3, atol=1e-3)
     scores = rounding_effects(stream, behavior, [head], ["int2", "int8"], group_size=16)
     assert scores["int2"].values[0] == pytest.approx(float((after["int2"]["head"] - before).mean()), rel=1e-6)
-    assert abs(scores["int8"].values[0]) < abs(scores["int2"].values[0]) / 5
+    # The mean over prompts may vanish by chance; how far each of them moves does not.
+    moved = {form: float((after[form]["head"] - before).abs().mean()) for form in ("int2", "int8")}
+    assert 0 < moved["int8"] < moved["int2"] / 5
     assert scores["int2"].evidence == "causal"
 
 
