@@ -27,7 +27,7 @@ def normal(rows: int, cols: int, *, seed: int = 1) -> Tensor:
 
 
 def fit(target: Array, importance: Array, maxq: int) -> tuple[float, float]:
-    """Scale and zero of one row's group: the best of 9 ranges and of 4 around it, in plain loops."""
+    """Scale and zero of one row's group: the best of 7 ranges and of 4 around it, in plain loops."""
     found = [_attempt(target, importance, maxq, factor) for factor in np.linspace(1.0, 0.4, 7)]
     centre = min(found, key=lambda entry: entry[0])[1]
     found += [_attempt(target, importance, maxq, centre + step) for step in (-0.05, -0.025, 0.025, 0.05)]
