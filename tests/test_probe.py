@@ -55,7 +55,7 @@ def test_a_uniform_probe_is_the_fidelity_of_the_applied_model(
         apply(stream, plan, CALIBRATION, saliency=tmp_path / "priced", shards=tmp_path / "shards", out=out)
         measured = fidelity(open_stream(out), open_stream(folder), HELD_OUT)
         # The same weights; neurons in another order of summation, micro-batches of another size.
-        assert found.measured_kl == pytest.approx(measured.divergence.kl, rel=1e-6)
+        assert found.measured_kl == pytest.approx(measured.divergence.kl, rel=1e-5)
         assert found.bits_per_weight == pytest.approx(measured.bits_per_weight, rel=1e-12)
         assert found.predicted_kl == pytest.approx(float(prices.nats[:, f].sum()), rel=1e-12)
     assert together[0].measured_kl > 2 * together[1].measured_kl > 0.01
