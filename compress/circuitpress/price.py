@@ -53,7 +53,7 @@ blocks once more for their Hessians takes 5 % of the time."""
 GRADED_TOKENS = 1 << 13
 """Tokens up to which all have gradients; of more, half of them, in whole micro-batches: a token with a gradient takes
 three times as long as one without. With 12, 8 or 4 of 28 thousand tokens KL at 2.6 to 4.6 bits is .5 % lower, 1.2 and
-.5 % higher in the mean than with 16, and 3 % either way in one case (stories260K, babyllama-105, two samples each)."""
+.5 % higher in the mean than with 16, and 7 % either way at most (stories260K, babyllama-105, two samples each)."""
 PRICED_TOKENS = 1 << 12
 """Tokens that changes are priced on, in whole micro-batches: every format costs a product with each of them. Plans of
 five formats on two or four times as many are as good to 3 % of KL (three checkpoints, three budgets)."""
