@@ -18,12 +18,8 @@ def interrupts() -> Iterator[Callable[[], bool]]:
 
     Sees nothing outside the main thread, or where the process ignores interrupts or has a handler of its own.
     """
-    came = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield came.is_set
-        return
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler:
+    came, before = threading.Event(), signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
         yield came.is_set
         return
 

@@ -98,11 +98,10 @@ class AffineGrids(Grids):
         scale, zero, maxq = self.scales[group], self.zeros[group], self.maxq[group]
         gradient.div_(scale)
         bottom, step = torch.zeros_like(maxq), torch.empty_like(maxq)
-        columns = zip(codes.unbind(), codes.clone().unbind(), gradient.unbind(), strict=True)
-        # A row of the matrices is short, so that what a column costs is its number of operations and of views.
-        for (k, curvature), (code, old, slope) in zip(
-            enumerate(block.hessian.diagonal().tolist()), columns, strict=True
-        ):
+        curvatures = block.hessian.diagonal().tolist()
+        columns = zip(curvatures, codes.unbind(), codes.clone().unbind(), gradient.unbind(), strict=True)
+        # The tensors are short, so that what a column costs is its number of operations and of views.
+        for k, (curvature, code, old, slope) in enumerate(columns):
             torch.sub(old, slope, alpha=1 / curvature if curvature > 0 else 0, out=code)
             torch.clamp(code.round_(), bottom, maxq, out=code)
             gradient[k + 1 :].addr_(block.hessian[k + 1 :, k], torch.sub(code, old, out=step))
