@@ -1,8 +1,8 @@
 """Do named behaviors survive better when a run is told to keep them? At equal bytes, on prompts that nothing saw.
 
 For each checkpoint every behavior of the file that the dense model does (80 % right, and no coin), in two runs at the
-same budget: one that is told nothing, and one whose recipe names all of them. Both are judged on the half of the pairs
-that was used for nothing, and on test text.
+same budget: one that is told nothing, and one whose recipe names all of them, to the last of their margins. Both are
+judged on the half of the pairs that was used for nothing, and on test text.
 
 `likeness` is the rank correlation, over all groups, of what the first format of the offer costs the behavior and what
 it costs text: near 1, what the behavior needs is what text needs, and a plan has nothing to move from one to the other.
@@ -40,8 +40,8 @@ _PATH = click.Path(path_type=Path, exists=True)
 @click.option("--file", type=_PATH, default=Path("recipes/behaviors/builtin.yaml"), show_default=True)
 @click.option("--budget", default="2.5bpw", show_default=True)
 @click.option("--samples", default=400, show_default=True, help="pairs of each behavior, where there are so many")
-@click.option("--keep", default=0.98, show_default=True, help="of the mean margin")
-@click.option("--weight", default=0.1, show_default=True)
+@click.option("--keep", default=1.0, show_default=True, help="of the mean margin")
+@click.option("--weight", default=0.0, show_default=True)
 @click.option("--windows", default=64, show_default=True, help="of 256 tokens, to calibrate on")
 @click.option("--refine", default=0, show_default=True, help="steps")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("runs/behaviors"), show_default=True)

@@ -22,7 +22,10 @@ FLOORS = (
     ("units", "fields", "files", "errors", "formats", "interrupt", "menu", "recipe", "console", "yamltext"),
     ("stream", "hooks", "anatomy", "assemble", "behaviors", "bnb", "checkpoint", "data", "store", "widths"),
     ("segments", "mech", "score", "quantize", "prune", "evaluate", "runtime"),
-    ("apply", "refine", "audit", "outer", "features", "price", "plan", "prefix", "probe", "rounding"),
+    (
+        *("apply", "refine", "audit", "outer", "features", "lean"),
+        *("margins", "price", "plan", "prefix", "probe", "rounding"),
+    ),
     ("run", "report", "export", "hub", "bench"),
     (
         *("cli", "auditing", "caching", "circuitry", "command", "evaluating"),
@@ -49,10 +52,12 @@ ARROWS = {
     "prune": {"score"},
     "features": {"price"},
     "price": {"outer"},
-    "apply": {"outer", "prefix", "price", "rounding"},
-    "prefix": {"price", "rounding"},
-    "rounding": {"price"},
-    "probe": {"outer", "prefix", "price", "rounding"},
+    "lean": {"price"},
+    "margins": {"lean", "price", "rounding"},
+    "apply": {"lean", "outer", "prefix", "price", "rounding"},
+    "prefix": {"lean", "price", "rounding"},
+    "rounding": {"lean", "price"},
+    "probe": {"lean", "outer", "prefix", "price", "rounding"},
     "run": {"report", "export"},
     "bench": {"run"},
     "hub": {"report"},
@@ -70,7 +75,7 @@ ARROWS = {
 PACKAGE = {"__init__": {"_register"}, "_register": {"runtime"}}
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TORCH_FREE = ("units", "files", "errors", "recipe", "console", "anatomy", "plan", "report", "cli", "command")
-USES_KERNELS = {"runtime", "formats", "quantize"}
+USES_KERNELS = {"runtime", "formats", "quantize", "bench"}
 MOST_LINES = 400
 
 

@@ -27,6 +27,7 @@ from .console import Advance, ignore
 from .errors import CircuitpressError
 from .files import write_bytes_atomic
 from .formats import CastFormat, Format, decode_segments, pack_segments, parse
+from .lean import Lean, pulls
 from .outer import load_hessian, round_outer
 from .prefix import Beside, Prefix
 from .price import permute_neurons
@@ -41,16 +42,16 @@ VERSION = 1
 
 def apply(
     stream: Stream, plan: Plan, windows: Tensor, *, saliency: Path, shards: Path, out: Path, polish: bool = True,
-    correct: bool = False, beside: Beside = (), advance: Advance = ignore,
+    correct: bool = False, beside: Beside = (), leans: Sequence[Lean] = (), advance: Advance = ignore,
 ) -> None:  # fmt: skip
     """Writes the model of `plan` to the folder `out`.
 
     `windows` are the calibration tokens that were priced, `saliency` the folder of the price shards, `shards` the place
     for the blocks that are already done. `polish` improves codes after rounding (`quantize/polish.py`), `correct`
-    rounds for the inputs behind the model's own rounded prefix (`prefix.py`, which says what `beside` is). Raises
-    CircuitpressError when a file cannot be written.
+    rounds for the inputs behind the model's own rounded prefix (`prefix.py`, which says what `beside` is), `leans` are
+    what behaviors pull (`lean.py`). Raises CircuitpressError when a file cannot be written.
     """
-    shards = _shard_folder(shards, plan, polish=polish, correct=correct)
+    shards = _shard_folder(shards, plan, polish=polish, correct=correct, leans=leans)
     layout = segments_by_module(plan.decisions)
     batches = stream.batches(windows if correct else context(windows, saliency))
     headers = read_headers(stream.anatomy.folder)
@@ -71,11 +72,12 @@ def apply(
         path, place = _shard(shards, index), stream.anatomy.blocks[index]
         order = torch.tensor(plan.neuron_order[index]) if index in plan.neuron_order else None
         if not path.exists():
+            pulled = pulls(leans, place, stream.device)
             if prefix is not None:
-                rounded = prefix.round(module, place, inputs, layout, order, polish=polish)
+                rounded = prefix.round(module, place, inputs, layout, order, polish=polish, pulled=pulled)
             else:
                 hessians = block_hessians(stream, module, place, inputs, len(batches), saliency)
-                rounded = round_block(module, place, layout, hessians, order, polish=polish)
+                rounded = round_block(module, place, layout, hessians, order, polish=polish, pulled=pulled)
             tensors = _block_tensors(weights, headers, place, rounded, modules, order)
             write_bytes_atomic(path, save(tensors, metadata=METADATA))
         if prefix is not None:
@@ -110,9 +112,11 @@ def _decoded(shard: Path, matrices: Sequence[Matrix], modules: Mapping[str, Any]
     return found
 
 
-def _shard_folder(shards: Path, plan: Plan, *, polish: bool, correct: bool) -> Path:
+def _shard_folder(shards: Path, plan: Plan, *, polish: bool, correct: bool, leans: Sequence[Lean]) -> Path:
     """The folder for this plan's shards; the others' are removed."""
-    content = json.dumps(plan.to_json() | {"polish": polish, "correct": correct}, sort_keys=True)
+    pulled = [[lean.folder.parent.name, lean.nats, lean.halves] for lean in leans]
+    rounded = {"polish": polish, "correct": correct, "leans": pulled}
+    content = json.dumps(plan.to_json() | rounded, sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()[:16]
     for other in shards.glob("*"):
         if other.name != digest:

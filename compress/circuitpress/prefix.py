@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from .anatomy import Block, Matrix
-from .formats import CastFormat, parse
 from .hooks import capture, input_of, replace, weight_of
+from .lean import leant
 from .price import load_hessians, load_saliency, permute_inputs, permute_neurons, shard_path
 from .quantize import Quantized, quantize_matrix
 from .quantize.polish import DAMPING
-from .rounding import Entry, decoded_in_place
+from .rounding import NOTHING, Entry, decoded_in_place, with_floating
 from .score.fisher import add_second_moment
 from .store import Store
 from .stream import Stream
@@ -54,6 +54,7 @@ class Prefix:
     def round(
         self, module: nn.Module, place: Block, inputs: Callable[[int], Tensor],
         plan: Mapping[str, tuple[str, list[Entry]]], order: Tensor | None, *, polish: bool = True,
+        pulled: Mapping[str, Tensor] = NOTHING,
     ) -> dict[str, Quantized]:  # fmt: skip
         """Quantizes every matrix of a resident block as `plan` says; arguments as of `rounding.round_block`.
 
@@ -71,12 +72,12 @@ class Prefix:
                 hessian, drift = hessians.pop(matrix.module), drifts.pop(matrix.module)
                 for other, share in beside:
                     hessian += share * other[matrix.module]
-                moved = weight + SHARE * weight @ _solve(hessian, drift)
+                moved = leant(weight + SHARE * weight @ _solve(hessian, drift), hessian, pulled.get(matrix.module))
                 if order is not None:
                     weight, moved = (permute_neurons(matrix.role, w, order) for w in (weight, moved))
                     hessian = permute_inputs(matrix.role, hessian, order)
                 axis, segments = plan[matrix.module]
-                moved = _with_floating(moved, weight, axis, segments)
+                moved = with_floating(moved, weight, axis, segments)
                 result[matrix.module] = quantize_matrix(moved, hessian, axis, segments, polish=polish)  # pyright: ignore[reportArgumentType]
         return result
 
@@ -138,13 +139,3 @@ def _solve(hessian: Tensor, drift: Tensor) -> Tensor:
     if int(info) or not bool(drift.isfinite().all()):
         return torch.zeros_like(drift)
     return torch.cholesky_solve(drift.T, lower).T
-
-
-def _with_floating(moved: Tensor, weight: Tensor, axis: str, segments: Sequence[Entry]) -> Tensor:
-    """`moved`, except where segments stay floating-point numbers: those are stored as the checkpoint has them."""
-    floating = [(start, stop) for form, start, stop in segments if isinstance(parse(form), CastFormat)]
-    if axis == "cols" and floating:
-        return weight
-    for start, stop in floating:
-        moved[start:stop] = weight[start:stop]
-    return moved

@@ -26,17 +26,21 @@ from .anatomy import Matrix
 from .console import Advance, ignore
 from .formats import CastFormat, parse
 from .hooks import replace, weight_of
+from .lean import Lean, pulls
 from .outer import load_hessian, round_outer
 from .prefix import Beside, Prefix
 from .price import permute_inputs, permute_neurons
 from .quantize import quantize_everywhere, quantize_matrix
-from .rounding import Entry, block_hessians, context, decoded_in_place, segments_by_module
+from .rounding import Entry, block_hessians, context, decoded_in_place, round_block, segments_by_module
 from .score.variants import Edit, Edits, measure
 from .stream import Stream
 from .units import OUTER, Axis, Decision, Group, Prices, Probe
 
 _Layout = tuple[Axis, tuple[Entry, ...]]
 """How one matrix is stored: the axis of its segments, and their formats and spans."""
+Leans = Mapping[str, Sequence[Lean]]
+"""What each plan leans to, by label."""
+UPRIGHT: Leans = MappingProxyType({})
 
 
 def uniform_plan(prices: Prices, form: str) -> tuple[Decision, ...]:
@@ -84,27 +88,32 @@ def probe(
 
 def plan_edits(
     stream: Stream, plans: Mapping[str, Sequence[Decision]], *, calibration: Tensor, saliency: Path,
-    orders: Mapping[int, NDArray[np.int64]], polish: bool = True,
+    orders: Mapping[int, NDArray[np.int64]], polish: bool = True, leans: Leans = UPRIGHT,
 ) -> Edits:  # fmt: skip
     """Edits for `score.variants.measure`: each of `plans` (by label) as a variant; `calibration` is its context.
 
     Decisions outside the blocks are for `outer_edits`. What several plans do to a matrix is rounded once. `saliency` is
     the folder of the price shards, `orders` permutes the neurons of some layers (`Prices.neuron_order`). They are
-    rounded as `apply` rounds, with `polish`.
+    rounded as `apply` rounds, with `polish` and with the `leans` of each.
     """
     count = len(stream.batches(calibration))
     layouts = {label: segments_by_module(decisions) for label, decisions in plans.items()}
+    upright = {label: layout for label, layout in layouts.items() if not leans.get(label)}
 
     def edits(index: int, module: nn.Module, inputs: Callable[[int], Tensor]) -> Mapping[str, Edit]:
         place, order = stream.anatomy.blocks[index], _order(orders, index)
         hessians = block_hessians(stream, module, place, inputs, count, saliency)
         changes: dict[str, dict[str, Tensor]] = {label: {} for label in plans}
-        for matrix in place.matrices:
-            wanted = {label: _layout(layout[matrix.module]) for label, layout in layouts.items()}
+        for label in layouts.keys() - upright.keys():
+            pulled = pulls(leans[label], place, stream.device)
+            rounded = round_block(module, place, layouts[label], hessians, order, polish=polish, pulled=pulled)
+            changes[label] = {n: w.to(stream.dtype) for n, w in decoded_in_place(rounded, place, order).items()}
+        for matrix in place.matrices if upright else ():
+            wanted = {label: _layout(layout[matrix.module]) for label, layout in upright.items()}
             weight, hessian = weight_of(module, place, matrix).float(), hessians.pop(matrix.module)
-            rounded = _round(matrix, weight, hessian, set(wanted.values()), order, polish=polish)
+            shared = _round(matrix, weight, hessian, set(wanted.values()), order, polish=polish)
             for label, layout in wanted.items():
-                changes[label][place.local(matrix)] = rounded[layout].to(stream.dtype)
+                changes[label][place.local(matrix)] = shared[layout].to(stream.dtype)
         transposed = place.matrices[0].transposed
         return {label: partial(replace, module, change, transposed=transposed) for label, change in changes.items()}
 
@@ -114,7 +123,7 @@ def plan_edits(
 @contextmanager
 def corrected_edits(
     stream: Stream, plans: Mapping[str, Sequence[Decision]], *, calibration: Tensor, saliency: Path,
-    orders: Mapping[int, NDArray[np.int64]], polish: bool = True, beside: Beside = (),
+    orders: Mapping[int, NDArray[np.int64]], polish: bool = True, beside: Beside = (), leans: Leans = UPRIGHT,
 ) -> Iterator[Edits]:  # fmt: skip
     """The same for plans that are rounded as `apply` rounds with `correct`; each has a rounded prefix of its own."""
     batches = stream.batches(calibration)
@@ -127,7 +136,8 @@ def corrected_edits(
             place, order = stream.anatomy.blocks[index], _order(orders, index)
             transposed, result = place.matrices[0].transposed, {}
             for label, prefix in prefixes.items():
-                rounded = prefix.round(module, place, inputs, layouts[label], order, polish=polish)
+                pulled = pulls(leans.get(label, ()), place, stream.device)
+                rounded = prefix.round(module, place, inputs, layouts[label], order, polish=polish, pulled=pulled)
                 weights = {name: w.to(stream.dtype) for name, w in decoded_in_place(rounded, place, order).items()}
                 prefix.follow(module, place, weights)
                 result[label] = partial(replace, module, weights, transposed=transposed)

@@ -7,12 +7,15 @@ hold the Hessians themselves, and nobody needs to walk (`context`).
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from .anatomy import Block
+from .formats import CastFormat, parse
 from .hooks import weight_of
+from .lean import leant
 from .price import has_feedback, has_hessians, load_hessians, load_saliency, permute_inputs, permute_neurons
 from .quantize import Quantized, quantize_matrix
 from .score.inputs import add_inputs, matrix_inputs
@@ -21,6 +24,7 @@ from .units import Decision
 
 Entry = tuple[str, int, int]
 """Format name, start and stop of one segment."""
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def block_hessians(
@@ -68,22 +72,37 @@ def segments_by_module(decisions: Sequence[Decision]) -> dict[str, tuple[str, li
 
 def round_block(
     module: nn.Module, place: Block, plan: Mapping[str, tuple[str, list[Entry]]], hessians: Mapping[str, Tensor],
-    order: Tensor | None, *, polish: bool = True,
+    order: Tensor | None, *, polish: bool = True, pulled: Mapping[str, Tensor] = NOTHING,
 ) -> dict[str, Quantized]:  # fmt: skip
     """Quantizes every matrix of a block as `plan` (from `segments_by_module`) says.
 
     `order` permutes the layer's neurons first; the results are in that order. `polish` improves codes after rounding.
+    `pulled` is what rounding leans to (`lean.pulls`).
     """
     result = {}
     for matrix in place.matrices:
         axis, segments = plan[matrix.module]
         weight, hessian = weight_of(module, place, matrix).float(), hessians[matrix.module]
+        weight = with_floating(leant(weight, hessian, pulled.get(matrix.module)), weight, axis, segments)
         if order is not None:
             weight = permute_neurons(matrix.role, weight, order)
             hessian = permute_inputs(matrix.role, hessian, order)
         quantized = quantize_matrix(weight, hessian, axis, segments, polish=polish)  # pyright: ignore[reportArgumentType]
         result[matrix.module] = quantized
     return result
+
+
+def with_floating(moved: Tensor, weight: Tensor, axis: str, segments: Sequence[Entry]) -> Tensor:
+    """`moved`, except where segments stay floating-point numbers: those are stored as the checkpoint has them."""
+    floating = [(start, stop) for form, start, stop in segments if isinstance(parse(form), CastFormat)]
+    if not floating:
+        return moved
+    if axis == "cols":
+        return weight
+    moved = moved.clone()
+    for start, stop in floating:
+        moved[start:stop] = weight[start:stop]
+    return moved
 
 
 def decoded_in_place(quantized: Mapping[str, Quantized], place: Block, order: Tensor | None) -> dict[str, Tensor]:

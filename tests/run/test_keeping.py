@@ -1,54 +1,48 @@
-"""Behaviors that a run keeps: priced, capped in the plan, judged on other prompts than it was planned on."""
+"""Behaviors that a run keeps: leaned to, capped in the plan, judged on other prompts than it was planned on."""
 
 import io
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
+from circuitpress.apply import apply
 from circuitpress.behaviors import load_behaviors
 from circuitpress.console import Console
 from circuitpress.errors import CircuitpressError, QualityGateMissed, RecipeError
-from circuitpress.plan import Problem
 from circuitpress.recipe import Recipe
 from circuitpress.run import check_gates, keeping, replan, run_recipe
 from circuitpress.run.folder import open_folder
-from circuitpress.run.keeping import Level, _table, load_kept
+from circuitpress.run.keeping import _table, level, load_kept
+from circuitpress.run.leaning import Measured
 from circuitpress.run.session import Session
+from circuitpress.run.watching import Watch
 from circuitpress.score.ability import behavior_values
 from circuitpress.stream import open_stream
-from circuitpress.units import Plan
+from circuitpress.units import OUTER, Decision, Plan
+
+from .likes import write_likes
 
 MakeRecipe = Callable[..., Recipe]
 
 
 @pytest.fixture(scope="module")
-def pairs(text: str) -> list[dict[str, str]]:
-    words = text.split()
-    draw = np.random.default_rng(3)
-    return [{key: " ".join(draw.choice(words, 6)) for key in ("good", "bad")} for _ in range(40)]
-
-
-@pytest.fixture(scope="module")
-def file(tiny_llama: Path, pairs: list[dict[str, str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def file(tiny_llama: Path, text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sentences of which the tiny model prefers the good one."""
     path = tmp_path_factory.mktemp("behaviors") / "likes.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in pairs))
-    (behavior,) = load_behaviors(path, AutoTokenizer.from_pretrained(tiny_llama))
-    _, margins = behavior_values(open_stream(tiny_llama), behavior)
-    turned = [row if m > 0 else {"good": row["bad"], "bad": row["good"]} for row, m in zip(pairs, margins, strict=True)]
-    path.write_text("\n".join(json.dumps(row) for row in turned))
+    write_likes(path, tiny_llama, text, words=("door", "gladly"), pairs=40, length=6)
     return path
 
 
 def recipe_of(make_recipe: MakeRecipe, model: Path, text: Path, file: Path, **changes: object) -> Recipe:
     entry = {"name": "likes", "file": str(file), "keep": 0.99, "of": "margin", "weight": 1.0} | changes
-    extra = {"behaviors": [entry], "plan.budget": "3.2bpw", "plan.swaps": 0, "score.exact": 0.0, "plan.probes": []}
+    extra = {"behaviors": [entry], "plan.budget": "3.5bpw", "plan.swaps": 0, "score.exact": 0.0, "plan.probes": []}
     extra |= {"plan.formats": ["int2", "int3", "int4", "int5", "int6", "int8"]}
     return make_recipe(model, text, **extra)
 
@@ -72,27 +66,70 @@ def test_halves_are_disjoint_and_cover_everything(kept: tuple[Recipe, Path], con
     assert not rows[0] & rows[1]
 
 
-def test_caps_spend_less_on_the_behavior_within_the_same_bytes(kept: tuple[Recipe, Path], console: Console) -> None:
-    recipe, out = kept
+def test_rounding_leans_until_the_plan_keeps_what_it_lost(kept: tuple[Recipe, Path]) -> None:
+    """Within the same bytes: on the watched pairs by measurement, on the others against a model without the lean."""
+    _, out = kept
     document = json.loads((out / "behaviors.json").read_text())
-    first, *later = document["rounds"]
+    first, *later = (entry for entry in document["rounds"] if "nats" in entry)
+    assert first["nats"] == [0.0]
+    assert first["margins"][0] < 0.99 * document["dense"][0]
+    assert later
+    assert document["leans"]["likes"] > 0
+    assert document["missed"] == []
+    assert document["caps"] == {}
+    plan = Plan.load(out / "plan.json")
+    assert plan.bits_per_weight <= 3.5
+    (row,) = json.loads((out / "evaluate" / "behaviors.json").read_text())
+    assert row["kept"]
+
+
+def test_the_model_is_the_one_that_leans(kept: tuple[Recipe, Path], tmp_path: Path, console: Console) -> None:
+    """The same plan without the lean is another model, and a worse one on pairs that nothing was fitted to."""
+    recipe, out = kept
+    with open_folder(out, create=False) as folder:
+        session = Session(folder, recipe, console)
+        ids, plan = session.windows[0].ids, Plan.load(out / "plan.json")
+        for name, leans in (("same", keeping.leans(session)), ("upright", [])):
+            apply(
+                session.stream, plan, ids, saliency=out / "pricing", shards=tmp_path / "shards", out=tmp_path / name,
+                leans=leans,
+            )  # fmt: skip
+        (entry,) = session.kept
+        margins = [level(open_stream(path), entry.judged).margin for path in (tmp_path / "same", tmp_path / "upright")]
+    written, same, upright = (
+        [path.read_bytes() for path in sorted(folder.glob("*.safetensors"))]
+        for folder in (out / "model", tmp_path / "same", tmp_path / "upright")
+    )
+    assert written == same != upright
+    assert margins[0] > margins[1]
+
+
+def test_caps_spend_less_where_rounding_cannot_lean(
+    kept: tuple[Recipe, Path], tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = kept
+    copy = Path(shutil.copytree(out, tmp_path / "run"))
+    monkeypatch.setattr(Watch, "may_lean", property(lambda _: False))
+    with open_folder(copy, create=False) as folder:
+        session = Session(folder, recipe, console)
+        keeping.keep(session)
+        table, formats = _table(session, session.kept[0]), session.prices.formats
+    document = json.loads((copy / "behaviors.json").read_text())
+    first, *later = (entry for entry in document["rounds"] if "caps" in entry)
     assert first["caps"] == {}
     assert first["missed"] == ["likes"]
     assert later
+    assert document["leans"] == {"likes": 0.0}
     assert document["caps"]["likes"] > 0
-    plan = Plan.load(out / "plan.json")
-    assert plan.bits_per_weight <= 3.2
+    plan = Plan.load(copy / "plan.json")
+    assert plan.bits_per_weight <= 3.5
     assert any(text.startswith("likes: behavior likes loses at most") for text in plan.provenance["constraints"])
-    with open_folder(out, create=False) as folder:
-        session = Session(folder, recipe, console)
-        table = _table(session, session.kept[0])
-        formats = session.prices.formats
     offered = [f for f in formats if f in plan.provenance["formats"]]
     spent = sum(table[i, offered.index(d.format)] for i, d in enumerate(plan.decisions))
     assert spent <= document["caps"]["likes"] * (1 + 1e-9)
     unprotected = later[0]["caps"]["likes"] * 2
     assert spent <= 0.5 * unprotected * (1 + 1e-9)
-    measured = [entry["measured"]["likes"]["margin"] for entry in document["rounds"]]
+    measured = [entry["measured"]["likes"]["margin"] for entry in (first, *later)]
     assert max(measured[1:]) > measured[0]
 
 
@@ -126,16 +163,19 @@ def test_a_floor_out_of_reach_says_what_it_would_take(
     recipe, out = kept
     copy = Path(shutil.copytree(out, tmp_path / "run"))
 
-    def measure(session: Session, problem: Problem, choice: object) -> dict[str, Level]:
-        del session, choice
-        return {"likes": Level(20, 1.0, 20.0 if float(problem.budget.removesuffix("bpw")) >= 3.9 else 1.0)}
+    def measure(self: Watch, decisions: Sequence[Decision], nats: NDArray[np.float64]) -> Measured:
+        del nats
+        inside = sum(d.nbytes for d in decisions if d.group.layer != OUTER)
+        reached = 8 * inside / self._session.prices.linear_numel >= 3.9
+        return Measured(np.array([20.0 if reached else 1.0]), np.ones(1), np.zeros(1), 0.1)
 
-    monkeypatch.setattr(keeping, "_measure", measure)
+    monkeypatch.setattr(Watch, "may_lean", property(lambda _: False))
+    monkeypatch.setattr(Watch, "measure", measure)
     with open_folder(copy, create=False) as folder:
         keeping.keep(Session(folder, recipe, console))
     document = json.loads((copy / "behaviors.json").read_text())
     assert document["missed"] == ["likes"]
-    assert document["takes"] == "4.00bpw"
+    assert document["takes"] == "4.38bpw"
 
 
 def test_of_plans_that_all_miss_the_nearest_is_taken(
@@ -146,17 +186,19 @@ def test_of_plans_that_all_miss_the_nearest_is_taken(
     copy = Path(shutil.copytree(out, tmp_path / "run"))
     margins = iter([3.0, 5.0, 4.0])
 
-    def measure(session: Session, problem: Problem, choice: object) -> dict[str, Level]:
-        del session, problem, choice
-        return {"likes": Level(20, 1.0, next(margins, 1.0))}
+    def measure(self: Watch, decisions: Sequence[Decision], nats: NDArray[np.float64]) -> Measured:
+        del self, decisions, nats
+        return Measured(np.array([next(margins, 1.0)]), np.ones(1), np.zeros(1), 0.1)
 
-    monkeypatch.setattr(keeping, "_measure", measure)
+    monkeypatch.setattr(Watch, "may_lean", property(lambda _: False))
+    monkeypatch.setattr(Watch, "measure", measure)
     with open_folder(copy, create=False) as folder:
         keeping.keep(Session(folder, recipe, console))
     document = json.loads((copy / "behaviors.json").read_text())
     assert document["missed"] == ["likes"]
-    assert len(document["rounds"]) >= 2
-    assert document["caps"] == document["rounds"][1]["caps"] != {}
+    rounds = [entry for entry in document["rounds"] if "caps" in entry]
+    assert len(rounds) >= 2
+    assert document["caps"] == rounds[1]["caps"] != {}
 
 
 def test_another_budget_throws_away_what_was_kept_for_this_one(

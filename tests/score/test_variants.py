@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from circuitpress.hooks import gate, replace
-from circuitpress.score.variants import Edit, measure, measure_windows
+from circuitpress.score.variants import Edit, carry, measure, measure_windows
 from circuitpress.stream import open_stream
 
 from ..whole import divergence, linears, load, tokens, weight
@@ -144,3 +144,33 @@ def test_edits_outside_the_blocks(name: str, request: pytest.FixtureRequest) -> 
                 model.get_submodule(module).weight.copy_(old[module])
             assert measured[label].kl == pytest.approx(float(kl.mean()), rel=1e-3), label
             assert each[label] == pytest.approx(kl.mean(1).numpy(), rel=2e-3)
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_prompts_and_text_walk_together(outer: bool, tiny_llama: Path) -> None:
+    """Sets of prompts of several lengths and text in one walk, as each of them alone."""
+    stream = open_stream(tiny_llama, batch_tokens=14)
+    place = stream.anatomy.blocks[1]
+    up = place.role("up")
+    changed = weight(linears(load(tiny_llama))[up.module]).float() + noise(torch.Size((up.rows, up.cols)), 1)
+    embedding = stream.outer_weight("model.embed_tokens") + noise(stream.outer_weight("model.embed_tokens").shape, 2)
+
+    def edits(index: int, module: nn.Module, _: Callable[[int], Tensor]) -> Mapping[str, Edit]:
+        return {"v": partial(replace, module, {place.local(up): changed}, transposed=False)} if index == 1 else {}
+
+    around = {"v": partial(stream.outer, {"model.embed_tokens": embedding})} if outer else {}
+    sets, text = [tokens(5, 7), tokens(2, 11, seed=1)], tokens(3, 9, seed=2)
+    states, divergence = carry(stream, sets, text, edits, outer=around)["v"]
+    assert divergence == measure(stream, text, edits, outer=around)["v"]
+    for rows, found in zip(sets, states, strict=True):
+        alone, _ = carry(stream, [rows], text[:1], edits, outer=around)["v"]
+        assert [len(batch) for batch in found] == [len(ids) for ids in stream.batches(rows)]
+        assert all(torch.equal(a, b) for a, b in zip(found, alone[0], strict=True))
+        model = load(tiny_llama, torch.float32)
+        weight(linears(model)[up.module]).copy_(changed)
+        if outer:
+            model.model.embed_tokens.weight.data.copy_(embedding)
+        with torch.no_grad(), around.get("v", nullcontext)():
+            torch.testing.assert_close(
+                stream.logits(torch.cat(found)), model(rows).logits, rtol=1e-4, atol=1e-4, check_dtype=False
+            )

@@ -126,7 +126,7 @@ def apply_plan(out: Path, console: Console, *, device: str | None = None) -> Res
     """Writes the model of the folder's plan."""
     with _resumed(out, console, device=device) as session:
         _require(session, "score", "plan")
-        execute(session, ("keep", "swap", "apply"))
+        execute(session, ("swap", "keep", "apply"))
         plan = load_plan(out)
         model = out / "model"
         nbytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))

@@ -1,21 +1,21 @@
-"""Named behaviors that a run keeps: priced, capped in the plan, and measured on the compressed model.
+"""Named behaviors that a run keeps: priced, leaned to, capped in the plan, and measured on the compressed model.
 
 1. The pairs of a behavior are split in two, by a seeded permutation. One half is priced and watched while planning
    (and refinement learns from it), the other one judges the finished model.
 2. `price_behaviors`: KL at the positions where the behavior is decided, as the Fisher price of every group in every
-   format; and the Hessian of its prompts, which joins that of the text in all rounding (times `weight`).
-3. `keep`: the plan is measured as variants of one walk. For a behavior below its floor, the sum of its prices gets a
-   linear cap, half of what the present plan spends on it (three quarters if no plan can do that, and so on), and the
-   planner solves again within the same bytes. Caps bind in later solves (swaps) too.
-4. `judge`: dense and compressed model on the other half; the floor is `keep` times what the dense model does.
+   format; and the Hessian of its prompts, which joins that of the text in all rounding (hessians.py).
+3. `keep`, once swaps have chosen the plan: it is measured as a variant of one walk (watching.py). For a behavior below
+   its floor, rounding leans towards it (leaning.py), at no bytes.
+4. Where that is not enough, the sum of its prices gets a linear cap, half of what the present plan spends on it (three
+   quarters if no plan can do that, and so on), and the planner solves again within the same bytes.
+5. `judge`: dense and compressed model on the other half; the floor is `keep` times what the dense model does.
 
-Where no plan of the budget keeps everything, larger ones are measured, so that the error can say what it would take.
+Where nothing in the budget keeps everything, larger ones are measured, so that the error can say what it would take.
 """
 
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,16 +24,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..console import Advance
-from ..errors import CircuitpressError, InfeasibleBudget, RecipeError
+from ..errors import InfeasibleBudget, RecipeError
 from ..plan import Constraint, Problem, TimeLimit, cap, solve, write_plan
 from ..plan.budget import Budget
-from ..units import Prices
+from ..units import Plan, Prices
+from .hessians import DRAWS, prompts
+from .leaning import ROUNDS as LEANS
+from .leaning import Measured, find_lean
 from .planning import block_prices, correction, on_offer, pose_problem, with_drops
+from .watching import Watch, leans_of
 
 if TYPE_CHECKING:
-    import torch
-
     import circuitpress.behaviors
+    import circuitpress.lean
     import circuitpress.run.session
     import circuitpress.stream
 
@@ -45,8 +48,6 @@ LARGER = (1.1, 1.25, 1.5, 2.0)
 """Budgets, against the one asked for, that are tried to say what keeping a behavior would take."""
 PRICED = 128
 """Pairs that are priced at most."""
-DRAWS = 4
-"""Label draws per position: a behavior has few of them."""
 
 
 @dataclass(frozen=True)
@@ -112,37 +113,6 @@ def load_kept(session: "circuitpress.run.session.Session") -> tuple[Kept, ...]:
     return tuple(found)
 
 
-def prompts(behavior: "circuitpress.behaviors.Behavior") -> "tuple[torch.Tensor, torch.Tensor]":
-    """The rows of a behavior int64 [rows, length], and at which positions it is decided, bool [rows, length]."""
-    import torch
-
-    from ..score.metrics import as_decision, rows_of, sites_of
-
-    decision = as_decision(behavior)
-    ids = rows_of(decision)
-    sites = sites_of(decision, 0, len(ids))
-    positions = torch.zeros_like(ids, dtype=torch.bool)
-    positions[sites.row, sites.position] = True
-    return ids, positions
-
-
-def price_hessians(session: "circuitpress.run.session.Session") -> list[tuple[Path, float]]:
-    """Walks every behavior's prompts once for their Hessians: shards, and the weight that each has beside the text."""
-    from ..price import has_hessians, price
-
-    found = []
-    for kept in session.kept:
-        _refuse_unable(session, kept)
-        ids, positions = prompts(kept.watched)
-        folder = kept.folder(session.path) / "hessians"
-        price(session.stream, ids, formats=(), draws=DRAWS, folder=folder, positions=positions)
-        if has_hessians(folder):
-            found.append((folder, kept.weight))
-        else:
-            log.warning("%s: rounding does not know it: the Hessians of a model so large are not kept", kept.name)
-    return found
-
-
 def price_behaviors(session: "circuitpress.run.session.Session", formats: Sequence[str]) -> None:
     """Prices every group in every format on every behavior, rounded as the text's prices were."""
     from ..plan.targets import rounded_here
@@ -162,28 +132,28 @@ def price_behaviors(session: "circuitpress.run.session.Session", formats: Sequen
         replace(prices, provenance=prices.provenance | offered).save(folder / "prices.safetensors")
 
 
-def caps(session: "circuitpress.run.session.Session") -> list[Constraint]:
-    """The caps that the keep stage found, as constraints on the table of blocks."""
+def leans(session: "circuitpress.run.session.Session") -> "list[circuitpress.lean.Lean]":
+    """What the keep stage found that rounding should lean to."""
     path = session.path / "behaviors.json"
-    if not path.exists():
-        return []
-    found: dict[str, float] = json.loads(path.read_text())["caps"]
-    return _caps(session, found)
+    found: dict[str, float] = json.loads(path.read_text())["leans"] if path.exists() else {}
+    return leans_of(session.path, session.kept, [found.get(kept.name, 0.0) for kept in session.kept])
 
 
 def keep(session: "circuitpress.run.session.Session") -> None:
-    """Caps behaviors until the plan keeps them; writes plan.json and behaviors.json."""
-    document: dict[str, Any] = {"caps": {}, "missed": [], "rounds": [], "takes": None}
+    """Finds the lean and the caps with which the plan keeps all behaviors; writes behaviors.json, and plan.json anew
+    where there are caps."""
+    document: dict[str, Any] = {"caps": {}, "leans": {}, "missed": [], "rounds": [], "takes": None}
     if session.kept:
-        with session.console.progress("keep", ROUNDS + 1) as advance:
-            dense = {kept.name: level(session.original, kept.watched) for kept in session.kept}
-            found = _search(session, dense, None, advance)
-            document |= asdict(found) | {"dense": {name: asdict(entry) for name, entry in dense.items()}}
+        watch = Watch(session)
+        with session.console.progress("keep", 1 + LEANS + ROUNDS) as advance:
+            found = _search(session, watch, None, advance)
+            document |= asdict(found) | {"dense": watch.floors.dense.tolist()}
             if found.missed:
-                document["takes"] = _takes(session, dense, advance)
-        problem = _problem(session, found.caps, None)
-        plan = write_plan(problem, solve(problem.prices, problem.constraints), curve=correction(session))
-        with_drops(plan, session).save(session.path / "plan.json")
+                document["takes"] = _takes(session, watch, advance)
+        if found.caps:
+            problem = _problem(session, found.caps, None)
+            plan = write_plan(problem, solve(problem.prices, problem.constraints), curve=correction(session))
+            with_drops(plan, session).save(session.path / "plan.json")
     session.write("behaviors.json", document)
 
 
@@ -223,71 +193,79 @@ def _level(margins: NDArray[np.float64]) -> Level:
     return Level(len(margins), float((margins > 0).mean()), float(margins.mean()))
 
 
-def _refuse_unable(session: "circuitpress.run.session.Session", kept: Kept) -> None:
-    from ..score.ability import ability
-
-    able = ability(session.original, kept.watched)
-    if able.accuracy <= 0.5:
-        raise CircuitpressError(
-            f"behavior {kept.name}: the original decides {able.accuracy:.0%} of {able.pairs} pairs right, no better "
-            "than a coin: there is nothing to keep",
-            hint="take it out of the recipe; circuitpress check MODEL --behaviors FILE says what the model can do",
-        )
-
-
 @dataclass(frozen=True)
 class _Found:
-    """Caps in nats by behavior, what their plan still misses, and what was measured on the way.
+    """Caps in nats and lambda of the lean by behavior, what their plan still misses, and what was measured on the way.
 
     Of plans that all miss something, it is the one that misses fewest behaviors, then the one that comes nearest.
     """
 
     caps: dict[str, float]
+    leans: dict[str, float]
     missed: list[str]
     rounds: list[dict[str, Any]]
 
 
-def _search(
-    session: "circuitpress.run.session.Session", dense: Mapping[str, Level], budget: str | None, advance: Advance
-) -> _Found:
-    tables = {kept.name: _table(session, kept) for kept in session.kept}
-    caps: dict[str, float] = {}
-    spent: dict[str, float] = {}
+def _search(session: "circuitpress.run.session.Session", watch: Watch, budget: str | None, advance: Advance) -> _Found:
+    floors, names = watch.floors, [kept.name for kept in session.kept]
+    problem = _problem(session, {}, budget)
+    decisions = problem.decide(solve(problem.prices, problem.constraints).choice)
+    if budget is None:
+        # What swaps have made of it.
+        plan = Plan.load(session.path / "plan.json")
+        decisions = (*plan.decisions, *plan.outer)
+
+    def measure(nats: NDArray[np.float64]) -> Measured:
+        found = watch.measure(decisions, nats)
+        advance(1, f"{int((floors.short(found) > 0).sum())} of {len(names)} behaviors below their floors")
+        return found
+
+    found = find_lean(measure, floors, watch.respond if watch.may_lean else None)
+    nats = dict(zip(names, found.nats.tolist(), strict=True))
     rounds: list[dict[str, Any]] = []
-    for _ in range(ROUNDS + 1):
-        problem = _problem(session, caps, budget)
+
+    def enter(caps: dict[str, float], measured: Measured) -> list[str]:
+        short = floors.short(measured)
+        missed = [name for name, share in zip(names, short, strict=True) if share > 0]
+        rounds.append(
+            {"caps": caps, "measured": measured.to_json(names), "missed": missed, "short": float(short.sum())}
+        )
+        return missed
+
+    caps: dict[str, float] = {}
+    missed = enter(caps, found.measured)
+    tables = {kept.name: _table(session, kept) for kept in session.kept}
+    spent: dict[str, float] = {}
+    for _ in range(ROUNDS + 1 if missed else 0):
         try:
             choice = solve(problem.prices, problem.constraints).choice
         except InfeasibleBudget:
-            if not rounds:
-                raise
             # Half-way back to the last plan that there was.
             caps = {name: 0.5 * (limit + max(limit, spent[name])) for name, limit in caps.items()}
+            problem = _problem(session, caps, budget)
             continue
-        measured = _measure(session, problem, choice)
-        left = {k.name: measured[k.name].of(k.of) / (k.keep * dense[k.name].of(k.of)) for k in session.kept}
-        missed = [name for name, share in left.items() if share < 1]
-        levels = {name: asdict(entry) for name, entry in measured.items()}
-        short = sum(1 - left[name] for name in missed)
-        rounds.append({"caps": caps, "measured": levels, "missed": missed, "short": short})
-        advance(1, f"{len(missed)} of {len(session.kept)} behaviors below their floors")
-        if not missed:
-            break
-        inside = np.arange(len(problem.prices.groups))[: len(next(iter(tables.values())))]
+        if caps:
+            measured = watch.measure(problem.decide(choice), found.nats)
+            missed = enter(caps, measured)
+            advance(1, f"{len(missed)} of {len(names)} behaviors below their floors")
+            if not missed:
+                break
+        inside = np.arange(len(next(iter(tables.values()))))
         spent = {name: float(table[inside, choice[inside]].sum()) for name, table in tables.items()}
         caps = caps | {name: 0.5 * spent[name] for name in missed}
+        problem = _problem(session, caps, budget)
     best = min(rounds, key=lambda entry: (len(entry["missed"]), entry["short"]))
-    return _Found(best["caps"], best["missed"], rounds)
+    return _Found(best["caps"], nats, best["missed"], [*found.rounds, *rounds])
 
 
-def _takes(session: "circuitpress.run.session.Session", dense: Mapping[str, Level], advance: Advance) -> str | None:
+def _takes(session: "circuitpress.run.session.Session", watch: Watch, advance: Advance) -> str | None:
     """The smallest of some larger budgets at which a plan keeps everything; None if none of them does."""
     if TimeLimit.parse(session.recipe.plan.budget) is not None:
         return None  # more bytes are no more time
     numel = session.prices.linear_numel
     bits = 8 * Budget.parse(session.recipe.plan.budget).linear_bytes(numel, session.anatomy.other_bytes) / numel
     larger = (f"{bits * factor:.2f}bpw" for factor in LARGER)
-    return next((budget for budget in larger if not _search(session, dense, budget, advance).missed), None)
+    return next((budget for budget in larger if not _search(session, watch, budget, advance).missed), None)
 
 
 def _problem(session: "circuitpress.run.session.Session", caps: Mapping[str, float], budget: str | None) -> Problem:
@@ -306,29 +284,3 @@ def _caps(session: "circuitpress.run.session.Session", found: Mapping[str, float
 def _table(session: "circuitpress.run.session.Session", kept: Kept) -> NDArray[np.float64]:
     """The prices of a behavior on the groups and formats that the plan chooses from."""
     return on_offer(Prices.load(kept.folder(session.path) / "prices.safetensors"), session).nats.clip(min=0)
-
-
-def _measure(
-    session: "circuitpress.run.session.Session", problem: Problem, choice: NDArray[np.int64]
-) -> dict[str, Level]:
-    """The watched half of every behavior under a plan, rounded as `apply` would."""
-    from ..probe import outer_edits, plan_edits
-    from ..rounding import context
-    from ..score.metrics import as_decision, metric_values, rows_of
-    from ..score.variants import carry
-
-    calibration, saliency, stream = session.windows[0].ids, session.path / "pricing", session.stream
-    plans = {"plan": problem.decide(choice)}
-    edits = plan_edits(
-        stream, plans, calibration=calibration, saliency=saliency, orders=problem.prices.neuron_order,
-        polish=session.recipe.quantize.polish,
-    )  # fmt: skip
-    outer = outer_edits(stream, plans, saliency=saliency)
-    result = {}
-    for kept in session.kept:
-        both = as_decision(kept.watched)
-        final = carry(stream, rows_of(both), edits, outer=outer, context=context(calibration, saliency))["plan"]
-        with outer.get("plan", nullcontext)():
-            margins = metric_values(stream, both, final)
-        result[kept.name] = _level(margins)
-    return result

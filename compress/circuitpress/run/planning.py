@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 FRONT = 400
 """Points of the front that are kept: finer than a plot can show, and not 10 000 with unit-wise prices."""
 
-LATER = ("keep", "swap", "apply", "refine", "evaluate", "tasks", "report")
+LATER = ("swap", "keep", "apply", "refine", "evaluate", "tasks", "report")
 """Stages whose results hold for one plan only."""
 MADE_FROM_PLAN = ("behaviors.json", "swaps.json", "shards", "model", "refine.json", "evaluate", "report.html")
 MADE_FROM_PLAN += ("audit.json", "audit.html")

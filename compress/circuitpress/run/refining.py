@@ -9,7 +9,7 @@ import torch
 
 from ..errors import CircuitpressError
 from ..refine import RECORD, Lesson, continuations, memory, packed_numel, refine, write_refined
-from .keeping import prompts
+from .hessians import prompts
 from .session import Session
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """The stages of a run, in order; each reads what earlier ones wrote and writes its own files into the run folder.
 
-    check -> prune -> score -> exact -> probe -> plan -> keep -> swap -> apply -> refine -> evaluate -> tasks -> report
+    check -> prune -> score -> exact -> probe -> plan -> swap -> keep -> apply -> refine -> evaluate -> tasks -> report
 
 | stage | writes | what it does |
 |---|---|---|
@@ -10,8 +10,8 @@
 | exact | exact.json | changes single groups and measures, to say how far prices can be trusted |
 | probe | probes.json | measures other plans, to correct the additive prediction |
 | plan | plan.json, pareto.json | spends the budget |
-| keep | behaviors.json, plan.json | plans again until named behaviors are kept, if the recipe names any |
 | swap | swaps.json, plan.json | measures plans around it and takes better ones |
+| keep | behaviors.json, plan.json | makes rounding lean, then plans again, until named behaviors are kept, if any |
 | apply | shards/, model/ | rounds, packs, writes the model |
 | refine | refine.json, model/ | learns codes, scales and norms together, if the recipe asks for steps |
 | evaluate | evaluate/fidelity.json | KL, top-1 and perplexity against the original, on text that nothing else saw |
@@ -26,18 +26,17 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from ..errors import QualityGateMissed
 from ..recipe import Recipe
 from ..units import Plan, Probe
 from .folder import full_disk_is_an_error
-from .keeping import judge, keep, price_behaviors, price_hessians
+from .hessians import beside
+from .keeping import judge, keep, leans, price_behaviors
 from .planning import front_plans, plan_again
 from .pruning import prune_model
 from .session import Session
-from .sparing import feature_hessians
 from .swapping import swap
 from .tasks import asked_by, compare_on_tasks, refuse_tasks
 
@@ -88,12 +87,13 @@ def _score(session: Session) -> None:
 
     recipe, (calibration, held_out, test) = session.recipe, session.windows
     formats = session.names([*recipe.plan.formats, *_uniform(recipe)])
-    beside = _beside(session)
+    others = beside(session)
     with session.console.progress("score", session.anatomy.work) as advance:
         scores, prices = price(
             session.scoring, calibration.ids, formats=formats, granularity=recipe.plan.granularity,
             draws=recipe.score.draws, seed=recipe.data.seed, folder=session.path / "pricing",
-            outer=session.outer_menu(), beside=beside, feedback=rounded_here(recipe.plan.target), advance=advance,
+            outer=session.outer_menu(), beside=others, feedback=rounded_here(recipe.plan.target),
+            advance=advance,
         )  # fmt: skip
     provenance = {
         "model": recipe.model,
@@ -109,11 +109,6 @@ def _score(session: Session) -> None:
     replace(scores, provenance=scores.provenance | provenance).save(session.path / "scores.safetensors")
     replace(prices, provenance=prices.provenance | provenance).save(session.path / "prices.safetensors")
     price_behaviors(session, formats)
-
-
-def _beside(session: Session) -> list[tuple[Path, float]]:
-    """Folders of Hessians that join those of the text, and their weights."""
-    return [*price_hessians(session), *feature_hessians(session)]
 
 
 def _exact(session: Session) -> None:
@@ -144,7 +139,7 @@ def _probe(session: Session) -> None:
             probes = probe(
                 session.stream, calibration=calibration.ids, held_out=held_out.ids, prices=session.prices,
                 saliency=session.path / "pricing", formats=formats, plans=plans,
-                polish=session.recipe.quantize.polish, correct=correct, beside=_beside(session) if correct else (),
+                polish=session.recipe.quantize.polish, correct=correct, beside=beside(session) if correct else (),
                 advance=advance,
             )  # fmt: skip
     session.write("probes.json", [asdict(entry) for entry in probes])
@@ -172,7 +167,7 @@ def _apply(session: Session) -> None:
         apply(
             session.stream, plan, calibration.ids, saliency=session.path / "pricing", shards=session.path / "shards",
             out=session.path / "model", polish=session.recipe.quantize.polish,
-            correct=correct, beside=_beside(session) if correct else (), advance=advance,
+            correct=correct, beside=beside(session) if correct else (), leans=leans(session), advance=advance,
         )  # fmt: skip
 
 
@@ -217,8 +212,8 @@ STAGES = (
     Stage("exact", _exact, ("exact.json",)),
     Stage("probe", _probe, ("probes.json",)),
     Stage("plan", _plan, ("plan.json", "pareto.json")),
-    Stage("keep", _keep, ("behaviors.json", "plan.json")),
     Stage("swap", _swap, ("swaps.json", "plan.json")),
+    Stage("keep", _keep, ("behaviors.json", "plan.json")),
     Stage("apply", _apply, ("model/config.json",)),
     Stage("refine", _refine, ("refine.json",)),
     Stage("evaluate", _evaluate, ("evaluate/fidelity.json",)),

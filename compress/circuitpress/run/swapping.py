@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from ..console import Advance
 from ..plan import Measure, Problem, Swaps, improve, solve, write_plan
-from .keeping import caps
 from .planning import block_prices, correction, digest_plan, pose_problem, with_drops
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ TOKENS = 6144
 
 def swap(session: "circuitpress.run.session.Session") -> None:
     """Improves plan.json by measured swaps and writes what was measured to swaps.json."""
-    problem = pose_problem(block_prices(session), session, session.outer, constraints=caps(session))
+    problem = pose_problem(block_prices(session), session, session.outer)
     curve = correction(session)
     solution = solve(problem.prices, problem.constraints)
     plan = with_drops(write_plan(problem, solution, curve=curve), session)

@@ -6,7 +6,7 @@ after it its own states are carried on. One pass over the weights thus measures 
 model that does not fit in memory.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
 
@@ -53,16 +53,24 @@ def measure_windows(
 
 @torch.no_grad()
 def carry(
-    stream: Stream, windows: Tensor, edits: Edits, *, outer: Mapping[str, Edit] = NOTHING,
+    stream: Stream, prompts: Sequence[Tensor], text: Tensor, edits: Edits, *, outer: Mapping[str, Edit] = NOTHING,
     context: Tensor | None = None, advance: Advance = ignore,
-) -> dict[str, list[Tensor]]:  # fmt: skip
-    """The final hidden states of every variant on `windows`, micro-batch by micro-batch: for prompts, which are short.
+) -> dict[str, tuple[list[list[Tensor]], Divergence]]:  # fmt: skip
+    """Every variant on several sets of `prompts` and on windows of `text`, in one walk.
 
-    Read logits of a variant of `outer` within its edit.
+    By name: the final hidden states of every set, micro-batch by micro-batch (for prompts, which are short), and the
+    divergence on the text. Read logits of a variant of `outer` within its edit.
     """
-    with _carried(stream, windows, edits, outer, context, advance) as (_, own, alive):
-        count = len(stream.batches(windows))
-        return {name: [own.get((name, b), stream.device) for b in range(count)] for name in alive}
+    sets = [stream.batches(rows) for rows in prompts]
+    ends = np.cumsum([len(batches) for batches in sets]).tolist()
+    batches, rest = [ids for batches in sets for ids in batches], stream.batches(text)
+    with _carried(stream, [*batches, *rest], edits, outer, context, advance) as (base, own, alive):
+        tallies, pieces = _tally(stream, rest, len(batches), (base, own, alive), outer)
+        states = {name: [own.get((name, b), stream.device) for b in range(len(batches))] for name in alive}
+        return {
+            name: ([found[a:b] for a, b in zip([0, *ends], ends, strict=False)], tallies[name].result(pieces))
+            for name, found in states.items()
+        }
 
 
 @torch.no_grad()
@@ -70,28 +78,40 @@ def _walk(
     stream: Stream, windows: Tensor, edits: Edits, outer: Mapping[str, Edit], context: Tensor | None, advance: Advance
 ) -> tuple[dict[str, Tally], int]:
     """A tally for every variant, and how many `add` calls made up a window."""
-    with _carried(stream, windows, edits, outer, context, advance) as (base, own, alive):
-        tallies = {name: Tally() for name in alive}
-        step = max(1, (1 << 22) // stream.anatomy.vocab)
-        for b, ids in enumerate(stream.batches(windows)):
-            hidden = base.get((stream.depth, b), stream.device)
-            for row, labels in enumerate(next_tokens(ids)):
-                for at in range(0, ids.shape[1], step):
-                    span = slice(at, at + step)
-                    reference = stream.logits(hidden[row, span])
-                    for name, tally in tallies.items():
-                        with outer.get(name, nullcontext)():
-                            changed = stream.logits(own.get((name, b), stream.device)[row, span])
-                        tally.add(reference, changed, labels[span].to(reference.device))
-        return tallies, -(-windows.shape[1] // step)
+    batches = stream.batches(windows)
+    with _carried(stream, batches, edits, outer, context, advance) as carried:
+        return _tally(stream, batches, 0, carried, outer)
+
+
+_States = tuple[Store, Store, Iterable[str]]
+"""The final states of the model under (depth, b), those of variants under (name, b), and the names."""
+
+
+def _tally(
+    stream: Stream, batches: Sequence[Tensor], first: int, carried: _States, outer: Mapping[str, Edit]
+) -> tuple[dict[str, Tally], int]:
+    """Tallies of the micro-batches that were carried from number `first` on."""
+    base, own, alive = carried
+    tallies = {name: Tally() for name in alive}
+    step = max(1, (1 << 22) // stream.anatomy.vocab)
+    for b, ids in enumerate(batches, first):
+        hidden = base.get((stream.depth, b), stream.device)
+        for row, labels in enumerate(next_tokens(ids)):
+            for at in range(0, ids.shape[1], step):
+                span = slice(at, at + step)
+                reference = stream.logits(hidden[row, span])
+                for name, tally in tallies.items():
+                    with outer.get(name, nullcontext)():
+                        changed = stream.logits(own.get((name, b), stream.device)[row, span])
+                    tally.add(reference, changed, labels[span].to(reference.device))
+    return tallies, -(-batches[0].shape[1] // step)
 
 
 @contextmanager
 def _carried(
-    stream: Stream, windows: Tensor, edits: Edits, outer: Mapping[str, Edit], context: Tensor | None, advance: Advance
-) -> Iterator[tuple[Store, Store, Iterable[str]]]:
-    """The final states of the model under (depth, b), those of variants under (name, b), and the names."""
-    batches = stream.batches(windows)
+    stream: Stream, batches: Sequence[Tensor], edits: Edits, outer: Mapping[str, Edit], context: Tensor | None,
+    advance: Advance,
+) -> Iterator[_States]:  # fmt: skip
     extra = [] if context is None else stream.batches(context)
     base, own = stream.store("variants-base"), stream.store("variants")
     alive: dict[str, None] = {}
