@@ -3,20 +3,24 @@
 The weights and the text are random, so there is nothing to generalise to: the windows of the check are learned from.
 """
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from circuitpress.apply import apply
+from circuitpress.behaviors import Behavior
 from circuitpress.errors import CircuitpressError
 from circuitpress.evaluate import fidelity
 from circuitpress.price import price
 from circuitpress.probe import uniform_plan
-from circuitpress.refine import Rates, Refined, refine, write_refined
+from circuitpress.refine import Hold, Rates, Refined, refine, write_refined
+from circuitpress.score.ability import behavior_values
 from circuitpress.stream import open_stream
 from circuitpress.units import Plan
 
+from ..score.test_metrics import contrasts, sentences
 from ..whole import tokens
 
 LEARN = tokens(12, 24, seed=1)
@@ -73,6 +77,29 @@ def test_a_worse_model_is_not_kept(tiny_llama: Path, tmp_path: Path) -> None:
     assert result.kl_after > result.kl_before
     assert not result.kept
     assert not result.tensors
+
+
+@pytest.mark.parametrize("behavior", [contrasts(), sentences()], ids=["contrasts", "sentences"])
+def test_a_margin_that_is_held_does_not_fall(behavior: Behavior, tiny_llama: Path, tmp_path: Path) -> None:
+    """Two more than what refinement leaves of them, for pairs that the model decides either way."""
+    model, stream = packed(tiny_llama, tmp_path, "int2g16"), open_stream(tiny_llama)
+    dense = torch.from_numpy(behavior_values(stream, behavior)[1]).float()
+
+    def refined_margin(aim: float, rate: float) -> float:
+        holds = [Hold(behavior, dense, aim, rate)]
+        result = refine(
+            model, stream, LEARN, CHECK, steps=40, batch_tokens=96, rates=Rates(0.05, 0.02, 0.01), holds=holds
+        )
+        assert result.kept
+        copy = Path(shutil.copytree(model, tmp_path / f"held-{rate}"))
+        write_refined(copy, result.tensors, result.to_json())
+        return float(behavior_values(open_stream(copy), behavior)[1].mean())
+
+    free = refined_margin(0.0, 0.0)
+    held, same = refined_margin(free + 2.0, 0.02), refined_margin(free - 20.0, 0.01)
+    assert held > free + 1.7
+    # What is not below its aim does not count.
+    assert same == free
 
 
 def test_a_model_without_packed_weights_is_refused(tiny_llama: Path, tmp_path: Path) -> None:

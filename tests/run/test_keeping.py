@@ -17,7 +17,7 @@ from circuitpress.behaviors import load_behaviors
 from circuitpress.console import Console
 from circuitpress.errors import CircuitpressError, QualityGateMissed, RecipeError
 from circuitpress.recipe import Recipe
-from circuitpress.run import check_gates, keeping, replan, run_recipe
+from circuitpress.run import check_gates, keeping, refining, replan, run_recipe
 from circuitpress.run.folder import open_folder
 from circuitpress.run.keeping import _table, level, load_kept
 from circuitpress.run.leaning import Measured
@@ -227,3 +227,21 @@ def test_a_name_that_the_file_does_not_hold(
     recipe = recipe_of(make_recipe, tiny_llama, text_file, file, name="loves")
     with pytest.raises(RecipeError, match="has no 'loves'; it has likes"):
         run_recipe(recipe, tmp_path / "run", console)
+
+
+def test_refinement_holds_on_to_what_rounding_leaned_to(
+    kept: tuple[Recipe, Path], tmp_path: Path, console: Console
+) -> None:
+    """The margins of the leaned model, at ten times the nats that rounding paid; nothing where it did not lean."""
+    recipe, out = kept
+    copy = Path(shutil.copytree(out, tmp_path / "run"))
+    with open_folder(copy, create=False) as folder:
+        session = Session(folder, recipe, console)
+        (hold,) = refining._holds(session)
+        (entry,) = session.kept
+        document = json.loads((copy / "behaviors.json").read_text())
+        assert hold.rate == pytest.approx(10 * document["leans"]["likes"])
+        assert hold.aim == pytest.approx(level(open_stream(copy / "model"), entry.watched).margin)
+        np.testing.assert_allclose(hold.dense, behavior_values(session.original, entry.watched)[1], rtol=1e-6)
+        (copy / "behaviors.json").write_text(json.dumps(document | {"leans": {"likes": 0.0}}))
+        assert refining._holds(session) == []

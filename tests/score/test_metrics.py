@@ -17,6 +17,7 @@ from circuitpress.score.metrics import (
     mask_of,
     metric_gradients,
     metric_values,
+    row_values,
     rows_of,
 )  # fmt: skip
 from circuitpress.store import Store
@@ -167,3 +168,15 @@ def test_luck_is_the_binomial_tail() -> None:
     assert luck(0, 9) == 1
     assert luck(9, 9) == 1 / 512
     assert luck(8, 9) == 10 / 512
+
+
+@pytest.mark.parametrize("behavior", [contrasts(), contrasts("loss"), sentences(), sentences("loss")])
+def test_values_of_some_rows_come_from_their_logits(behavior: Behavior, tiny_llama: Path) -> None:
+    ids, model = rows_of(behavior), load(tiny_llama, torch.float32)
+    chosen = [len(ids) - 1, 0]
+    with torch.no_grad():
+        everything, some = (row_values(behavior, rows, model(ids[rows]).logits) for rows in (range(len(ids)), chosen))
+    stream = open_stream(tiny_llama)
+    expected = metric_values(stream, behavior, final_of(stream, ids))
+    np.testing.assert_allclose(fold(behavior, everything).numpy(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(some, everything[chosen], rtol=1e-4, atol=1e-5)

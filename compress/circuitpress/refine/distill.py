@@ -26,10 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import family_of
+from ..behaviors import Behavior
 from ..checkpoint import Weights, read_headers
 from ..console import Advance, ignore
 from ..errors import CircuitpressError
 from ..formats import Format, pack_segments
+from ..score.metrics import as_decision, row_values, rows_of
 from ..stream import Stream, forward
 from .load import load_soft
 from .soft import SoftLinear, straight_through
@@ -52,6 +54,19 @@ class Lesson:
     ids: Tensor
     positions: Tensor
     weight: float
+
+
+@dataclass(frozen=True, eq=False)
+class Hold:
+    """A behavior whose mean margin should not fall below `aim`: a unit of margin below it counts `rate` nats.
+
+    `dense` float32 [n] are the margins of the original: of a few pairs as much is expected as of all, in proportion.
+    """
+
+    behavior: Behavior
+    dense: Tensor
+    aim: float
+    rate: float
 
 
 @dataclass(frozen=True)
@@ -87,13 +102,14 @@ def packed_numel(folder: Path) -> int:
 
 def refine(
     folder: Path, reference: Stream, windows: Tensor, held_out: Tensor, *, steps: int, seed: int = 0,
-    batch_tokens: int = 2048, rates: Rates | None = None, lessons: Sequence[Lesson] = (), advance: Advance = ignore,
+    batch_tokens: int = 2048, rates: Rates | None = None, lessons: Sequence[Lesson] = (), holds: Sequence[Hold] = (),
+    advance: Advance = ignore,
 ) -> Refined:  # fmt: skip
     """Refines the packed model in `folder` towards `reference`; writes nothing (see `write.py`).
 
     `windows` int64 [n, length] are learned from, `held_out` [m, length] decide whether the result is kept; `steps` are
-    of `batch_tokens` tokens each, and of a quarter of that for each of `lessons`. Raises CircuitpressError for a model
-    without packed weights, and when the loss is no longer finite.
+    of `batch_tokens` tokens each, and of a quarter of that for each of `lessons` and `holds`. Raises CircuitpressError
+    for a model without packed weights, and when the loss is no longer finite.
     """
     device = reference.device
     student, soft = load_soft(folder, device)
@@ -128,6 +144,16 @@ def refine(
         at = lesson.positions[rows].to(device)
         return lesson.weight * _kl(known.logits(rows)[at], answer(lesson.ids[rows])[at])
 
+    def fallen(step: int, hold: Hold) -> Tensor:
+        decision = as_decision(hold.behavior)
+        ids, count = rows_of(decision), len(decision)
+        per_hold = max(1, min(count, batch_tokens // 4 * count // ids.numel()))
+        pairs = [(step * per_hold + k) % count for k in range(per_hold)]
+        rows = [row for pair in pairs for row in range(pair, len(ids), count)]
+        margin = row_values(decision, rows, answer(ids[rows])).sum() / len(pairs)
+        expected = float(hold.dense[pairs].mean() - hold.dense.mean()) + hold.aim
+        return hold.rate * torch.relu(expected - margin)
+
     def measured() -> float:
         with torch.no_grad():
             return float(sum(loss([row]) for row in check)) / len(check)
@@ -138,6 +164,7 @@ def refine(
         for group, rate in zip(optimizer.param_groups, starts, strict=True):
             group["lr"] = rate * (1 - step / steps)
         value = loss(rows) + sum(lesson_loss(step, *pair) for pair in taught)
+        value = value + sum(fallen(step, hold) for hold in holds)
         if not bool(value.isfinite()):
             raise CircuitpressError(
                 f"refinement of {folder} diverged at step {step}: the loss is {value.item()}",

@@ -134,9 +134,14 @@ def price_behaviors(session: "circuitpress.run.session.Session", formats: Sequen
 
 def leans(session: "circuitpress.run.session.Session") -> "list[circuitpress.lean.Lean]":
     """What the keep stage found that rounding should lean to."""
-    path = session.path / "behaviors.json"
-    found: dict[str, float] = json.loads(path.read_text())["leans"] if path.exists() else {}
+    found = lambdas(session)
     return leans_of(session.path, session.kept, [found.get(kept.name, 0.0) for kept in session.kept])
+
+
+def lambdas(session: "circuitpress.run.session.Session") -> dict[str, float]:
+    """Nats per unit of margin that the keep stage found for each behavior; empty before it."""
+    path = session.path / "behaviors.json"
+    return json.loads(path.read_text())["leans"] if path.exists() else {}
 
 
 def keep(session: "circuitpress.run.session.Session") -> None:

@@ -82,6 +82,19 @@ def metric_values(
     return fold(behavior, torch.cat(values)).double().cpu().numpy()
 
 
+def row_values(behavior: Behavior, rows: Sequence[int], logits: Tensor) -> Tensor:
+    """The metric of some rows of `rows_of`, float32 [k], from their logits [k, length, vocab]; differentiable.
+
+    Not for metric kl, which compares with another model.
+    """
+    sites = [sites_of(behavior, row, 1) for row in rows]
+    parts = []
+    for k, mine in enumerate(sites):
+        here = Sites(*(field.to(logits.device) for field in mine))
+        parts.append(_site_values(behavior, logits[k, here.position], here, None).sum())
+    return torch.stack(parts)
+
+
 def metric_gradients(
     stream: Stream, behavior: Behavior, final: Sequence[Tensor], *, reference: Tensor | None = None
 ) -> list[Tensor]:
