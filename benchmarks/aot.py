@@ -34,6 +34,7 @@ from circuitpress_kernels import (
     slices_triton,
 )
 from circuitpress_kernels.kv import CacheForm
+from circuitpress_kernels.launches import default
 from circuitpress_kernels.slices import BOOK, DENSE, SPARSE, TILE_ROWS, TRELLIS, bits_of, fields_of
 
 TARGETS = {
@@ -47,6 +48,7 @@ SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942":
 TYPES = {"fp16": tl.float16, "bf16": tl.bfloat16}
 INSTRUCTIONS_A_BYTE = 132 * 128 * 1.755e9 / 4.3e12
 RINGS = (TRELLIS + 4, TRELLIS + 5)
+QUICK = (2, 3, 4, 8, BOOK + 2, BOOK + 3, BOOK + 4, TRELLIS + 4)
 MIXED = (2, 3, 4, 8, DENSE)
 POINTERS = {
     "x": "", "gathered": "", "weight": "", "y": "", "words": "*i16", "scales": "*fp16", "zeros": "*u8",
@@ -107,7 +109,7 @@ def cases(*, quick: bool) -> Iterator[Case]:
         main, hip = target == "sm_90", target == "gfx942"
         widest = 64 if hip else 128
         for type_ in ("fp16",) if main and quick else ("fp16", "bf16") if main else ("bf16",):
-            for kind in ((2, 3, 4, 8) if main else (4,)) if quick else (2, 3, 4, 8) if hip else whole:
+            for kind in (QUICK if main else (4,)) if quick else (2, 3, 4, 8) if hip else whole:
                 size = widest // 2 if kind != SPARSE and fields_of(kind) == 16 else widest
                 yield Case("slice_pieces", (kind,), size, type_, target)
                 if kind == 4 and (main or not quick):
@@ -127,9 +129,11 @@ def inspect(case: Case) -> dict[str, Any]:
     modules = slices_triton, decode_triton, experts_triton, fused_triton, kv_triton
     kernel = next(getattr(module, case.name) for module in modules if hasattr(module, case.name))
     hip = target.backend == "hip"
-    options: dict[str, Any] = launch_triton.options(hip) if case.name in STREAMS else launch_triton.OTHER_OPTIONS
+    kinds = sum(1 << kind for kind in case.kinds)
+    streams = case.name in STREAMS
+    options: dict[str, Any] = launch_triton.options(default(kinds, hip=hip)) if streams else launch_triton.OTHER_OPTIONS
     constants = {
-        "KINDS": sum(1 << kind for kind in case.kinds), "ROWS": TILE_ROWS, "SIZE": case.size, "EVEN": True, "SHIFT": 0,
+        "KINDS": kinds, "ROWS": TILE_ROWS, "SIZE": case.size, "EVEN": True, "SHIFT": 0,
         "BATCH": launch_triton.rows_of_a_pass(hip), "BFLOAT": case.type == "bf16", "ASM": not hip,
         "DOT": TYPES[case.type], "BIAS": True, "BLOCK": 1024,
     } | CONSTANTS.get(case.name, {})  # fmt: skip

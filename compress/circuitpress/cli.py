@@ -243,11 +243,13 @@ def quality(console: Console, device: str | None, **options: Any) -> None:  # no
 @_command(
     "circuitpress bench kernels runs/mine --save times.json",
     "circuitpress bench kernels MODEL --formats int3g64,int4g64,int8g64,bfloat16 --batch 1,8",
+    "circuitpress bench kernels MODEL --tune",
 )
 @click.argument("model")
 @click.option("--formats", help="Comma-separated. Default: those that a run folder prices.")
 @click.option("--batch", "batches", default="1", show_default=True, help="Tokens of a step, comma-separated.")
 @click.option("--save", type=_FOLDER, help="Where the table goes, for budgets in time.")
+@click.option("--tune", is_flag=True, help="First choose how kernels are launched on this GPU, and keep that.")
 @_device
 def kernels(console: Console, model: str, **options: Any) -> None:
     """Time every format on this machine.

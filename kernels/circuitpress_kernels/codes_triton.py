@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from . import planes
+from . import books, planes
 from .slices import BOOK, KINDS, TRELLIS, bits_of, memory_of, width_of
 from .trellis import MIX
 
@@ -24,6 +24,8 @@ _TABLE = tl.constexpr({
     "words": {bits: planes.words(bits) for bits in planes.PLANES},
     "upper_place": {(bits, index): planes.upper_place(bits, index) for bits, index in _SLICES},
     "place": {(*key, bfloat): planes.place(*key, bfloat=bfloat) for key in _SLICES for bfloat in (False, True)},
+    "book_assembly": {bits: books.book_assembly(bits) for bits in (2, 3, 4)},
+    "book_constraints": {bits: books.book_constraints(bits) for bits in (2, 3, 4)},
     "assembly": {
         (*key, bfloat, nibble): planes.assembly(*key, bfloat=bfloat, nibble=nibble)
         for key in _SLICES
@@ -58,20 +60,87 @@ def looked_up(low, high, books, BITS: tl.constexpr, INDEX: tl.constexpr, ROWS: t
 
 
 @triton.jit
-def ring_values(words, KIND: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr):
-    """The values of the rings of a slice, whole numbers between -510 and 510, int32 [ROWS, SIZE] (see trellis.py)."""
+def book_registers(book, BITS: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr):
+    """The books of ROWS rows at `book` as books.py wants them: low and high bytes, four in an int32 [ROWS, 1]."""
+    row = tl.arange(0, ROWS)[:, None]
+    low = ()
+    high = ()
+    for four in tl.static_range((1 << BITS) // 4):
+        lows = tl.zeros((ROWS, 1), tl.int32)
+        highs = tl.zeros((ROWS, 1), tl.int32)
+        for place in tl.static_range(4):
+            number = (
+                tl.load(book + row * (1 << BITS) + four * 4 + place).to(DOT).to(tl.int16, bitcast=True).to(tl.int32)
+            )
+            lows |= (number & 255) << (8 * place)
+            highs |= ((number >> 8) & 255) << (8 * place)
+        low = low + (lows,)
+        high = high + (highs,)
+    return low + high
+
+
+@triton.jit
+def ring_values(words, KIND: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, DOT: tl.constexpr):
+    """The values of the rings of a slice [ROWS, SIZE] (see trellis.py): whole numbers between -510 and 510, as int32.
+
+    With `DOT` float16 or bfloat16 (CUDA only) they are numbers of that type, in float16 with 1534 added.
+    """
     WIDTH: tl.constexpr = known("width", KIND)
     BITS: tl.constexpr = known("bits", KIND)
-    WORDS: tl.constexpr = BITS * 8 // WIDTH
-    column = tl.arange(0, SIZE)[None, :]
-    weight = tl.arange(0, ROWS)[:, None] * 4 + column % 4
-    bit = weight // WIDTH * BITS
-    ring = words + column // 4 * WORDS
-    low = tl.load(ring + bit // 16).to(tl.int32) & 0xFFFF
-    high = tl.load(ring + (bit // 16 + 1) % WORDS).to(tl.int32) << 16
-    state = (((low | high) >> (bit % 16)) & ((1 << known("memory", KIND)) - 1)).to(tl.uint32)
-    mixed = state * known("factor", 0) + known("summand", 0)
-    if WIDTH == 2:
-        mixed = tl.where(weight % 2 == 0, mixed, state * known("factor", 1) + known("summand", 1))
-    total = (mixed & 255) + ((mixed >> 8) & 255) + ((mixed >> 16) & 255) + (mixed >> 24)
-    return total.to(tl.int32) - 510
+    WORDS: tl.constexpr = BITS * 2 // WIDTH
+    EACH: tl.constexpr = 4 * WORDS
+    # Eight rows of a ring are WORDS words; a thread has those of one strip, and the word that its last states read on.
+    octet = tl.arange(0, ROWS // 8)[:, None] * WORDS
+    strip = tl.arange(0, SIZE // 4)[None, :]
+    windows = ()
+    low = tl.load(words + octet * (SIZE // 4) + strip).to(tl.int32) & 0xFFFF
+    for word in tl.static_range(1, WORDS + 1):
+        high = tl.load(words + (octet + word) % EACH * (SIZE // 4) + strip).to(tl.int32) & 0xFFFF
+        windows = windows + ((low | (high << 16)).to(tl.uint32, bitcast=True),)
+        low = high
+    values = ()
+    for weight in tl.static_range(32):
+        values = values + (_ring_value(windows, weight, KIND, DOT),)
+    for _ in tl.static_range(5):
+        values = _joined(values)
+    return tl.reshape(tl.permute(values[0], (0, 2, 3, 4, 1, 5, 6)), (ROWS, SIZE))
+
+
+@triton.jit
+def _ring_value(windows, weight: tl.constexpr, KIND: tl.constexpr, DOT: tl.constexpr):
+    """The value of a weight, of 32 that are 8 rows by 4 columns."""
+    WIDTH: tl.constexpr = known("width", KIND)
+    BIT: tl.constexpr = weight // WIDTH * known("bits", KIND)
+    state = (windows[BIT // 16] >> (BIT % 16)) & ((1 << known("memory", KIND)) - 1)
+    return _byte_sum(state * known("factor", weight % WIDTH) + known("summand", weight % WIDTH), DOT)
+
+
+@triton.jit
+def _joined(values):
+    """Half as many tensors: those of the second half beside those of the first, along a new last axis."""
+    HALF: tl.constexpr = len(values) // 2
+    joined = ()
+    for place in tl.static_range(HALF):
+        joined = joined + (tl.join(values[place], values[place + HALF]),)
+    return joined
+
+
+@triton.jit
+def _byte_sum(mixed, DOT: tl.constexpr):
+    """The sum of four bytes less 510, as `ring_values` says."""
+    if tl.float16 == DOT:
+        # The sum lies in the mantissa of 1024.
+        total = tl.inline_asm_elementwise(
+            "dp4a.u32.u32 $0, $1, 0x01010101, 0x6400;", "=r,r", [mixed], dtype=tl.int32, is_pure=True, pack=1
+        )
+        value = total.to(tl.int16).to(tl.float16, bitcast=True)
+    elif tl.bfloat16 == DOT:
+        # The sum lies in the mantissa of 2^23 in float32.
+        total = tl.inline_asm_elementwise(
+            "dp4a.u32.u32 $0, $1, 0x01010101, 0x4b000000;", "=r,r", [mixed], dtype=tl.int32, is_pure=True, pack=1
+        )
+        value = (total.to(tl.float32, bitcast=True) - 8389118.0).to(tl.bfloat16)
+    else:
+        total = (mixed & 255) + ((mixed >> 8) & 255) + ((mixed >> 16) & 255) + (mixed >> 24)
+        value = total.to(tl.int32) - 510
+    return value

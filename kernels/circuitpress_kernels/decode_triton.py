@@ -57,9 +57,8 @@ def decode_pieces(
                         value = number.to(tl.bfloat16 if BFLOAT else tl.float16, bitcast=True).to(tl.float32)
                         tl.store(out + k, value, mask=(place >= 0) & (k < cols))
                     elif known("trellis", candidate):
-                        value = ring_values(
-                            words_at + block * (SIZE * known("half_bits", candidate)), candidate, ROWS, SIZE
-                        )
+                        at = words_at + block * (SIZE * known("half_bits", candidate))
+                        value = ring_values(at, candidate, ROWS, SIZE, tl.int32)
                         scale = tl.load(scales + scale_at + (within >> SHIFT) * ROWS + row[:, None]).to(tl.float32)
                         k = (first + block) * SIZE + kk
                         tl.store(out + k, value.to(tl.float32) * (scale * _UNIT), mask=(place >= 0) & (k < cols))

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .experts import Experts, route
-from .launch_triton import OTHER_OPTIONS, constants, options
+from .launch_triton import OTHER_OPTIONS, constants, launch_for, options
 from .slices import TILE_ROWS
 from .slices_triton import piece_total
 
@@ -92,7 +92,7 @@ def expert_product(x: Tensor, experts: Experts, choice: Tensor, *, gated: bool) 
     each = 1 if len(x) == choices else choices // tokens
     expert_pieces[(programs, len(tables.active))](
         x, x.stride(0), each, x.shape[1], *experts[:5], programs, *tables, partials, tokens,
-        **constants(form, x.dtype, hip, even=False), **options(hip),
+        **constants(form, x.dtype, hip, even=False), **options(launch_for(x, form, hip)),
     )  # fmt: skip
     rows = form.rows // (2 if gated else 1)
     y = x.new_empty(tokens, choice.shape[1], rows)

@@ -19,6 +19,7 @@ from torch import Tensor
 from triton import knobs
 
 from .decode_triton import decode_pieces, gather_activations
+from .launches import Launch, choose, default
 from .slices import KINDS, SPARSE, TILE_ROWS, SliceForm, SliceMatrix, fields_of
 from .slices_triton import add_pieces, slice_pieces
 
@@ -55,7 +56,8 @@ def slice_partials(x: Tensor, matrix: SliceMatrix) -> tuple[Tensor, int, int]:
     partials = x.new_empty(len(matrix.pieces), passes * lanes, TILE_ROWS, dtype=torch.float32)
     slice_pieces[(passes, len(matrix.programs) - 1)](
         x, x.stride(0), batch, x.shape[1], *matrix[:5], partials,
-        **constants(matrix.form, x.dtype, hip, even=matrix.columns.numel() > 0), **options(hip),
+        **constants(matrix.form, x.dtype, hip, even=matrix.columns.numel() > 0),
+        **options(launch_for(x, matrix.form, hip)),
     )  # fmt: skip
     return partials, passes, lanes
 
@@ -72,9 +74,17 @@ def rows_of_a_pass(hip: bool) -> int:
     return 16 if hip else 8
 
 
-def options(hip: bool) -> dict[str, object]:
-    """Warps and stages of `slice_pieces` on AMD's GPUs and on others."""
-    return {"num_warps": 4 if hip else 2, "num_stages": 2 if hip else 3, "enable_fp_fusion": True}
+def options(launch: Launch) -> dict[str, object]:
+    """What Triton is told of a launch of `slice_pieces`."""
+    return {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+
+
+def launch_for(x: Tensor, form: SliceForm, hip: bool) -> Launch:
+    """The launch (launches.py) of a product with `x` on its device."""
+    if x.device.type != "cuda":  # the interpreter
+        return default(form.kinds, hip=hip)
+    name = torch.cuda.get_device_name(x.device)
+    return choose(name, form.kinds, rows=x.shape[0], weights=form.rows * form.cols, hip=hip)
 
 
 def constants(form: SliceForm, dtype: torch.dtype, hip: bool, *, even: bool) -> dict[str, object]:

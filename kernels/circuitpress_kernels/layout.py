@@ -247,13 +247,14 @@ def _words(values: Tensor, kind: int, dtype: torch.dtype) -> Tensor:
 
 
 def _ring_words(codes: Tensor, kind: int) -> Tensor:
-    """int16 [tiles, slices, words]: the rings of the codes [rows, slices, S], each with that of its first weight."""
+    """int16 [tiles, slices, words]: rings of codes [rows, slices, S], of a slice word after word of all its rings."""
     rows, slices, size = codes.shape
     rings = codes.view(-1, TILE_ROWS, slices, size // STRIP, STRIP).permute(0, 2, 3, 1, 4)
     steps = rings.reshape(-1, TILE_ROWS * STRIP)[:, :: width_of(kind)].int()
     stream = (steps[:, :, None] >> torch.arange(bits_of(kind), device=codes.device)) & 1
     words = (stream.view(len(steps), -1, 16) << torch.arange(16, device=codes.device)).sum(2)
-    return words.to(torch.int16).view(rows // TILE_ROWS, slices, -1)
+    words = words.to(torch.int16).view(rows // TILE_ROWS, slices, size // STRIP, -1)
+    return words.transpose(2, 3).reshape(rows // TILE_ROWS, slices, -1)
 
 
 def _without_outliers(part: Part) -> Tensor:

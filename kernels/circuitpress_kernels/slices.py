@@ -12,8 +12,9 @@
 4. The stream (tile after tile, in a tile run after run) is cut into equal bytes, one share for each program, at any
    superblock. A share's part of one tile and run is a *piece*: it writes its own sums, [32, batch], and a second pass
    adds the pieces of a tile in their order. No atomics: results do not depend on which program ends first.
-5. On a trellis (trellis.py) a tile's 32 rows by 4 columns are one ring, stored as it is, and rows have one scale. Its
-   columns meet activations that were rotated and scaled, which stand beside the others: `Part.source` says where.
+5. On a trellis (trellis.py) a tile's 32 rows by 4 columns are one ring, and rows have one scale. A slice is the first
+   words of all its rings, their second words, and so on: neighbouring threads read neighbouring rings. Its columns meet
+   activations that were rotated and scaled, which stand beside the others: `Part.source` says where.
 6. Outliers are scattered: each row of a tile has the same number of (column, value) pairs, the code below them is zero.
 
 The specification is `slice_weight`: it decodes, piece by piece, what the kernel reads. layout.py makes the stream.
@@ -149,7 +150,8 @@ def _decode(matrix: SliceMatrix, piece: list[int]) -> tuple[Tensor, Tensor]:
 def _decode_rings(matrix: SliceMatrix, piece: list[int]) -> tuple[Tensor, Tensor]:
     kind, at, scale_at, first, within, count, _, _ = piece
     size, bits = matrix.form.size, bits_of(kind)
-    rings = matrix.words[at * CHUNK :][: count * size * (kind - TRELLIS)].view(count * size // STRIP, -1).int()
+    words = matrix.words[at * CHUNK :][: count * size * (kind - TRELLIS)].view(count, -1, size // STRIP)
+    rings = words.transpose(1, 2).int().contiguous().view(count * size // STRIP, -1)
     stream = (rings[:, :, None] >> torch.arange(16, device=rings.device)) & 1
     stream = stream.view(len(rings), -1, bits) << torch.arange(bits, device=rings.device)
     codes = stream.sum(2).to(torch.uint8)

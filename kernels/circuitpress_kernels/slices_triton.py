@@ -4,9 +4,9 @@
    with one format gets a kernel with one branch.
 2. Weights are the left operand of the tensor cores, activations the right: those are 8 wide, so one row of activations
    wastes 7/8 of the arithmetic, not 15/16. On CUDA cores the conversions alone would take longer than the reading.
-3. `ASM` (CUDA) leaves codes where they lie in the word, as planes.py says. The bias that this adds is the same for all
-   weights of a slice, so a dot product with ones gives what to take off: it needs no other launch to sum activations.
-   Elsewhere codes are shifted, masked and converted.
+3. `ASM` (CUDA) leaves codes where they lie in the word, as planes.py says, and looks them up in registers, as books.py
+   says. The bias that the first adds is the same for all weights of a slice, so a dot product with ones gives what to
+   take off: it needs no other launch to sum activations. Elsewhere codes are shifted, masked, converted or gathered.
 4. Codes are whole numbers, exact in every type; scales multiply float32 sums. Weights are never rounded.
 5. `add_pieces` sums the pieces of a tile in their order, adds the bias and puts rows where they belong.
 """
@@ -14,7 +14,7 @@
 import triton
 import triton.language as tl
 
-from .codes_triton import known, looked_up, plain_codes, ring_values
+from .codes_triton import book_registers, known, looked_up, plain_codes, ring_values
 from .slices import DENSE, KINDS, SPARSE
 from .trellis import SPREAD
 
@@ -65,14 +65,24 @@ def _coded_slice(
         total += tl.dot(value, xs, input_precision="ieee") * scale[:, None]
     else:
         BF: tl.constexpr = xs.dtype == tl.bfloat16
-        UNIT: tl.constexpr = 1.0 / (1 << known("place", BITS, INDEX, BF)) if ASM else 1.0
-        BIAS: tl.constexpr = ((128.0 * (17 if BITS == 8 else 1) if BF else 1024.0) * UNIT) if ASM else 0.0
-        dots = _dots(low, high, xs, BITS, INDEX, ASM)
         sums = tl.dot(ones, xs, input_precision="ieee")
-        zero = tl.load(zeros + at).to(tl.float32)
-        # Two steps, so that each becomes one fused multiply-add.
-        total += dots * (scale * UNIT)[:, None]
-        total -= sums * (scale * (zero + BIAS))[:, None]
+        dots = _dots(low, high, xs, BITS, INDEX, ASM)
+        zero = tl.load(zeros + at)
+        if ASM:
+            PLACE: tl.constexpr = known("place", BITS, INDEX, BF)
+            if BITS == 8 and BF:
+                bias = zero.to(tl.float32) + 128.0 * 17
+            else:
+                # The zero with the place and bias of the codes, made like them: one instruction, on a float32's bits.
+                FIELD: tl.constexpr = (16 if BF else 13) + PLACE
+                bits = (zero.to(tl.int32) << FIELD) | (0x43000000 if BF else 0x44800000)
+                bias = bits.to(tl.float32, bitcast=True)
+            scale *= 1.0 / (1 << PLACE)
+        else:
+            bias = zero.to(tl.float32)
+        # Two steps: (dots - sums * bias) * scale spares a multiplication, but keeps 70 more registers alive at 3 bits.
+        total += dots * scale[:, None]
+        total -= sums * (scale * bias)[:, None]
     return total
 
 
@@ -107,6 +117,38 @@ def _coded(
 
 
 @triton.jit
+def _booked(
+    x, stride, batch, cols, words, scales, books, first, within, count,
+    BITS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, BATCH: tl.constexpr, EVEN: tl.constexpr,
+    SHIFT: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """The sums [ROWS, BATCH] of `count` superblocks of codes in books, with assembly."""
+    FIELDS: tl.constexpr = known("fields", BITS)
+    WORDS: tl.constexpr = known("words", BITS)
+    CODE: tl.constexpr = known("book_assembly", BITS)
+    CONSTRAINTS: tl.constexpr = known("book_constraints", BITS)
+    chunk = tl.arange(0, ROWS)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    row = tl.arange(0, ROWS)
+    book = book_registers(books, BITS, ROWS, DOT)
+    total = tl.zeros((ROWS, BATCH), tl.float32)
+    for block in tl.range(0, count):
+        base = words + block * (WORDS * ROWS * SIZE) + chunk
+        group = scales + ((within + block * FIELDS) >> SHIFT) * ROWS + row
+        stored = (tl.load(base),)
+        for word in tl.static_range(1, WORDS):
+            stored = stored + (tl.load(base + word * ROWS * SIZE),)
+        values = tl.inline_asm_elementwise(
+            CODE, CONSTRAINTS, stored + book, dtype=(tl.int16,) * FIELDS, is_pure=True, pack=2
+        )
+        for index in tl.static_range(FIELDS):
+            at = (first + block * FIELDS + index) * SIZE
+            xs = _activations(x, stride, batch, cols, at, SIZE, BATCH, EVEN).to(DOT)
+            scale = tl.load(group + (index >> SHIFT) * ROWS).to(tl.float32)
+            total += tl.dot(values[index].to(DOT, bitcast=True), xs) * scale[:, None]
+    return total
+
+
+@triton.jit
 def _dense(
     x, stride, batch, cols, words, first, count,
     ROWS: tl.constexpr, SIZE: tl.constexpr, BATCH: tl.constexpr, EVEN: tl.constexpr, BFLOAT: tl.constexpr,
@@ -127,14 +169,22 @@ def _dense(
 def _trellis(
     x, stride, batch, cols, words, scales, first, count,
     KIND: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, BATCH: tl.constexpr, EVEN: tl.constexpr,
-    DOT: tl.constexpr,
+    ASM: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """The sums [ROWS, BATCH] of `count` slices on a trellis."""
+    SHIFTED: tl.constexpr = ASM and tl.float16 == DOT  # by 1024 + 510
+    ones = tl.full((ROWS, SIZE), 1.0, DOT)
     total = tl.zeros((ROWS, BATCH), tl.float32)
+    sums = tl.zeros((ROWS, BATCH), tl.float32)
     for block in tl.range(0, count):
-        value = ring_values(words + block * (SIZE * known("half_bits", KIND)), KIND, ROWS, SIZE)
+        at = words + block * (SIZE * known("half_bits", KIND))
+        value = ring_values(at, KIND, ROWS, SIZE, DOT if ASM else tl.int32).to(DOT)
         xs = _activations(x, stride, batch, cols, (first + block) * SIZE, SIZE, BATCH, EVEN).to(DOT)
-        total = tl.dot(value.to(DOT), xs, total, input_precision="ieee")
+        total = tl.dot(value, xs, total, input_precision="ieee")
+        if SHIFTED:
+            sums = tl.dot(ones, xs, sums)
+    if SHIFTED:
+        total -= 1534.0 * sums
     return total * (tl.load(scales + tl.arange(0, ROWS)).to(tl.float32) * _UNIT)[:, None]
 
 
@@ -177,7 +227,12 @@ def piece_total(
                 elif known("trellis", candidate):
                     total = _trellis(
                         x, stride, batch, cols, words_at, scales + scale_at + (within >> SHIFT) * ROWS, first,
-                        count, candidate, ROWS, SIZE, BATCH, EVEN, DOT,
+                        count, candidate, ROWS, SIZE, BATCH, EVEN, ASM, DOT,
+                    )  # fmt: skip
+                elif ASM and known("books", candidate):
+                    total = _booked(
+                        x, stride, batch, cols, words_at, scales + scale_at, books, first, within, count,
+                        known("bits", candidate), ROWS, SIZE, BATCH, EVEN, SHIFT, DOT,
                     )  # fmt: skip
                 else:
                     total = _coded(
@@ -204,7 +259,9 @@ def slice_pieces(
     lanes = tl.num_programs(0) * BATCH
     x += done * stride
     batch -= done
-    for piece in tl.range(tl.load(programs + program), tl.load(programs + program + 1)):
+    # With many formats, or 3 bits, what a piece needs is computed for each piece: kept for all, it would spill.
+    MANY: tl.constexpr = (KINDS & (KINDS - 1)) != 0 or KINDS == 1 << 3
+    for piece in tl.range(tl.load(programs + program), tl.load(programs + program + 1), disable_licm=MANY):
         total = piece_total(
             pieces + piece * 8, x, stride, batch, cols, words, scales, zeros,
             KINDS, ROWS, SIZE, BATCH, EVEN, SHIFT, BFLOAT, ASM, DOT,

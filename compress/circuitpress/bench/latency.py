@@ -48,7 +48,7 @@ def measure(
         for name in formats:
             module = random_module(name, height, width, device=device, dtype=dtype)
             if module is not None:
-                modules = _copies(module, rotated)
+                modules = copies(module, rotated)
                 rows += [
                     {
                         "format": name,
@@ -70,14 +70,20 @@ def random_module(name: str, rows: int, cols: int, *, device: str, dtype: torch.
         return nn.Linear(cols, rows, bias=False, device=device, dtype=dtype)
     descriptor = Descriptor(rows, cols, "rows", (Part(form, 0, rows, rows, cols),))
     try:
-        layout = descriptor.layout()
+        descriptor.layout()
     except ValueError:
         return None
-    module = PackedLinear(descriptor, bias=False, dtype=dtype, device=device)
-    generator = torch.Generator().manual_seed(0)
-    for key, (kind, count) in layout.items():
-        module.register_buffer(key, _random(kind, count, generator).to(device))
+    module = random_packed(descriptor, device=device, dtype=dtype)
     module.repack(dtype)
+    return module
+
+
+def random_packed(descriptor: Descriptor, *, device: str, dtype: torch.dtype) -> PackedLinear:
+    """A module of random weights, as stored."""
+    module = PackedLinear(descriptor, bias=False, dtype=dtype, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for key, (kind, count) in descriptor.layout().items():
+        module.register_buffer(key, _random(kind, count, generator))
     return module
 
 
@@ -107,15 +113,17 @@ def _case(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def _random(kind: torch.dtype, count: int, generator: torch.Generator) -> Tensor:
     if kind.is_floating_point:
-        return (torch.rand(count, generator=generator) * 0.01 + 0.001).to(kind)
+        return (torch.rand(count, generator=generator, device=generator.device) * 0.01 + 0.001).to(kind)
     if kind == torch.uint8:  # codes, zeros and small scales: every byte stands for something
-        return torch.randint(0, 256, (count,), generator=generator).to(kind)
+        return torch.randint(0, 256, (count,), generator=generator, device=generator.device, dtype=kind)
     if kind == torch.int8:  # exponents of scales
-        return torch.randint(-8, -3, (count,), generator=generator).to(kind)
-    return torch.full((count,), -32767, dtype=kind)  # outliers one after the other (formats/outliers.py)
+        return torch.randint(-8, -3, (count,), generator=generator, device=generator.device, dtype=kind)
+    # Outliers, one after the other (formats/outliers.py).
+    return torch.full((count,), -32767, dtype=kind, device=generator.device)
 
 
-def _copies(module: nn.Module, rotated: int) -> list[nn.Module]:
+def copies(module: nn.Module, rotated: int = ROTATED) -> list[nn.Module]:
+    """As many copies of a module as take `rotated` bytes together, two at least."""
     nbytes = sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
     count = min(MOST_COPIES, max(2, -(-rotated // max(nbytes, 1))))
     return [module, *(copy.deepcopy(module) for _ in range(count - 1))]

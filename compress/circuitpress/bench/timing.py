@@ -13,9 +13,13 @@ from ..units import Prices
 
 
 def time_formats(
-    model: str, console: Console, *, formats: str | None, batches: str, save: Path | None, device: str | None
-) -> tuple[str, dict[str, Any]]:
-    """Text and document of the command; `model` is a checkpoint, or a run folder, whose formats are then timed."""
+    model: str, console: Console, *, formats: str | None, batches: str, save: Path | None, device: str | None,
+    tune: bool = False,
+) -> tuple[str, dict[str, Any]]:  # fmt: skip
+    """Text and document of the command; `model` is a checkpoint, or a run folder, whose formats are then timed.
+
+    With `tune` the launches of the GPU kernels are chosen and saved before.
+    """
     import torch
 
     from .latency import describe, measure, save_table, shapes_of
@@ -24,6 +28,7 @@ def time_formats(
     chosen = choose_device(device or "auto")
     sizes = [int(part) for part in batches.split(",")]
     shapes = shapes_of(anatomy)
+    tuned = _tune(shapes, names, chosen, console) if tune else None
     with console.progress("kernels", len(shapes) * len(names)) as advance:
         rows = measure(shapes, names, sizes, device=chosen, advance=advance)
     machine = describe(chosen)
@@ -38,7 +43,20 @@ def time_formats(
     text = table(f"one linear map on {machine}, bfloat16", lines)
     if save is not None:
         text += f"\n\n{save}\nnext: circuitpress plan DIR --budget 12ms@batch{sizes[0]} --latencies {save}"
-    return text, {"machine": machine, "rows": rows, "saved": None if save is None else str(save)}
+    if tuned is not None:
+        text = f"launches: {tuned}\n\n{text}"
+    tuned_at = {} if tuned is None else {"launches": str(tuned)}
+    return text, {"machine": machine, "rows": rows, "saved": None if save is None else str(save)} | tuned_at
+
+
+def _tune(shapes: Sequence[tuple[int, int]], names: Sequence[str], device: str, console: Console) -> Path:
+    from .latency import describe
+    from .launches import on_gpu, save, tune
+
+    timer, kinds_of = on_gpu(device)
+    with console.progress("launches", len(shapes) * len(names)) as advance:
+        found = tune(shapes, names, device=describe(device), timer=timer, kinds_of=kinds_of, advance=advance)
+    return save(found)
 
 
 def _what(model: str, formats: str | None) -> tuple[Any, Sequence[str]]:

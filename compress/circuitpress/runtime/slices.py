@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from circuitpress_kernels import BOOK, DENSE, TILE_ROWS, TRELLIS, Part, SliceMatrix, join_rows, lay_out
+from circuitpress_kernels.launches import choose
 
 from ..formats import CodebookFormat, Format, IntFormat, OutlierFormat, TrellisCodes, TrellisFormat
 from ..formats.trellis import RING, STRIP, default_memory, rotate_inputs, row_scales, strip_scales
@@ -29,8 +30,6 @@ from .descriptor import Descriptor
 _GROUP_STEP = 16
 _MOST_SCATTERED = 57344
 """Columns up to which outliers are scattered: their positions, with padding, have 16 bits."""
-_PROGRAMS_EACH = 6
-"""Programs for each multiprocessor: as many as its registers and shared memory hold at once, at 128 a thread."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,9 @@ def to_slices(descriptor: Descriptor, tensors: Mapping[str, Tensor], *, dtype: t
     parts = [join_rows(pieces) for pieces in found.values()]
     programs = 1024
     if device.type == "cuda":
-        programs = _PROGRAMS_EACH * torch.cuda.get_device_properties(device).multi_processor_count
+        name, kinds = torch.cuda.get_device_name(device), sum({1 << part.kind for part in parts})
+        launch = choose(name, kinds, rows=1, weights=descriptor.rows * cols)
+        programs = launch.programs * torch.cuda.get_device_properties(device).multi_processor_count
     widest = 64 if torch.version.hip else 128  # wider ones spill registers
     matrix = lay_out(
         parts, axis=descriptor.axis, rows=descriptor.rows, cols=cols, dtype=dtype, programs=programs, widest=widest
