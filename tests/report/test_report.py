@@ -227,7 +227,10 @@ def test_tasks_and_behaviors_are_shown_with_their_errors(copy: Path) -> None:
         "margin": 2.5, "kept": False,
     }  # fmt: skip
     (copy / "evaluate" / "behaviors.json").write_text(json.dumps([behavior]))
+    assert "Rounding leans" not in write_report(copy).read_text()
+    (copy / "behaviors.json").write_text(json.dumps({"leans": {"agreement": 2e-6}, "kl": [0.25, 0.26]}))
     page = write_report(copy).read_text()
+    assert "KL on held-out text went from 0.250 to 0.260 for it" in page
     for text in ("arc_easy · acc", "-0.04 ± 0.011", "lambada · perplexity (less is better)", "92.0%", "1.2.3"):
         assert text in page
     for text in ("agreement", "98.0%", "91.0%", "LOST"):

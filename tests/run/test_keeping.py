@@ -77,6 +77,10 @@ def test_rounding_leans_until_the_plan_keeps_what_it_lost(kept: tuple[Recipe, Pa
     assert document["leans"]["likes"] > 0
     assert document["missed"] == []
     assert document["caps"] == {}
+    assert document["kl"] == [
+        first["kl"],
+        next(entry["kl"] for entry in later if entry["nats"] == [document["leans"]["likes"]]),
+    ]
     plan = Plan.load(out / "plan.json")
     assert plan.bits_per_weight <= 3.5
     (row,) = json.loads((out / "evaluate" / "behaviors.json").read_text())

@@ -47,6 +47,7 @@ def build_context(run: RunFiles) -> dict[str, Any]:
         "check": draw_check(run),
         "losers": _losers(run),
         "behaviors": [_behavior(row) for row in run.behaviors],
+        "leaning": [nats(kl) for kl in run.leaning or ()],
         "audit": None if run.audit is None else build_audit(run.audit),
         "tasks": [_task(row) for row in run.tasks.get("rows", []) if row["asked"]],
         "task_plot": draw_tasks(run),

@@ -49,6 +49,8 @@ class RunFiles:
     """evaluate/tasks.json; {} where no tasks were asked for."""
     behaviors: tuple[Json, ...]
     """evaluate/behaviors.json: what is left of the behaviors that the recipe names."""
+    leaning: tuple[float, float] | None
+    """KL on held-out text without and with the lean of rounding towards them; None if it does not lean."""
     audit: Json | None
     """audit.json, if `circuitpress audit` wrote it there for this model."""
 
@@ -84,8 +86,14 @@ def read_run(folder: Path) -> RunFiles:
         fidelity=fidelity,
         tasks=_json(folder / "evaluate" / "tasks.json") or {},
         behaviors=tuple(_json(folder / "evaluate" / "behaviors.json") or ()),
+        leaning=_leaning(folder),
         audit=_audit(folder, fidelity),
     )
+
+
+def _leaning(folder: Path) -> tuple[float, float] | None:
+    document = _json(folder / "behaviors.json") or {}
+    return tuple(document["kl"]) if any(document.get("leans", {}).values()) else None
 
 
 def _audit(folder: Path, fidelity: Json | None) -> Json | None:

@@ -209,6 +209,8 @@ class _Found:
     leans: dict[str, float]
     missed: list[str]
     rounds: list[dict[str, Any]]
+    kl: tuple[float, float]
+    """Of the plan on held-out text, without the lean and with it; before caps."""
 
 
 def _search(session: "circuitpress.run.session.Session", watch: Watch, budget: str | None, advance: Advance) -> _Found:
@@ -260,7 +262,9 @@ def _search(session: "circuitpress.run.session.Session", watch: Watch, budget: s
         caps = caps | {name: 0.5 * spent[name] for name in missed}
         problem = _problem(session, caps, budget)
     best = min(rounds, key=lambda entry: (len(entry["missed"]), entry["short"]))
-    return _Found(best["caps"], nats, best["missed"], [*found.rounds, *rounds])
+    return _Found(
+        best["caps"], nats, best["missed"], [*found.rounds, *rounds], (found.rounds[0]["kl"], found.measured.kl)
+    )
 
 
 def _takes(session: "circuitpress.run.session.Session", watch: Watch, advance: Advance) -> str | None:
