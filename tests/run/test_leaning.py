@@ -83,3 +83,27 @@ def test_a_share_of_right_decisions_asks_for_the_margin_of_the_original() -> Non
 def test_gradients_that_only_fit_their_own_half_bring_no_lean() -> None:
     found = find_lean(answering(1.0), floors(), lambda: -np.eye(2))
     assert found.nats.tolist() == [0.0, 0.0]
+
+
+def test_aims_do_not_run_after_what_the_lean_itself_does_to_pairs() -> None:
+    """The spread of the margins grows with lambda; the floor and twice the first standard error are enough."""
+
+    def measure(nats: NDArray[np.float64]) -> Measured:
+        found = answering(1.0)(nats)
+        return Measured(found.margins, found.accuracies, found.stderr * (1 + 1e3 * nats), found.kl)
+
+    found = find_lean(measure, floors(), lambda: GAINS)
+    np.testing.assert_allclose(found.nats, find_lean(answering(1.0), floors(), lambda: GAINS).nats)
+
+
+def test_behaviors_that_answer_unequally_lean_unequally() -> None:
+    """One gets all of its first-order gain, the other a fifth: neither is pushed for the other's sake."""
+    share, gains = np.array([1.0, 0.2]), np.diag([4.0, 9.0])
+
+    def measure(nats: NDArray[np.float64]) -> Measured:
+        return Measured(START + share * (gains @ nats), np.ones(2), np.array([0.05, 0.02]), 0.1)
+
+    found = find_lean(measure, floors(), lambda: gains)
+    aim = DENSE + [0.1, 0.04]
+    np.testing.assert_allclose(found.measured.margins, aim, rtol=1e-6)
+    np.testing.assert_allclose(found.nats, (aim - START) / (share * np.diag(gains)), rtol=1e-6)

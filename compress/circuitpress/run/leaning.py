@@ -3,9 +3,9 @@
 1. The plan is measured as it is: margins on the watched half of the pairs, KL on held-out text. Nothing more is done if
    every behavior is above its floor.
 2. The response matrix says which lambda >= 0 would bring all margins to their aims if weights answered (margins.py). An
-   aim is the floor and two standard errors of what rounding did to the pairs, since other pairs will judge.
+   aim is the floor and two standard errors of what rounding without a lean did to the pairs, since others will judge.
 3. Codes answer by less: the plan is rounded with the lean of each half of the watched pairs and measured on the other,
-   and lambda grows by what was missed over what a nat has brought.
+   and lambda is solved for again with the share of its gain that every behavior has got.
 4. A lean that raises KL by more than ROOM is too much; half-way back to the last one that did not comes next.
 
 The best lean in the end: that which misses fewest behaviors, then the one that misses by least.
@@ -61,10 +61,10 @@ class Floors:
         need = np.where(self.by_margin, self.margins, self.accuracies)
         return np.maximum(0, 1 - have / need)
 
-    def missing(self, measured: Measured) -> NDArray[np.float64]:
-        """By how much margins miss their aims. What is asked of a behavior that decides too little right is the whole
-        margin of the original: that much of it decided right."""
-        aim = np.where(self.by_margin, self.margins + AIM * measured.stderr, self.dense)
+    def missing(self, measured: Measured, stderr: NDArray[np.float64]) -> NDArray[np.float64]:
+        """By how much margins miss their aims, AIM times `stderr` above their floors. What is asked of a behavior that
+        decides too little right is the whole margin of the original: that much of it decided right."""
+        aim = np.where(self.by_margin, self.margins + AIM * stderr, self.dense)
         done = ~self.by_margin & (measured.accuracies >= self.accuracies)
         return np.where(done, 0, np.maximum(0, aim - measured.margins))
 
@@ -90,7 +90,8 @@ def find_lean(
     if respond is not None and floors.short(upright).any():
         gains = respond()
         fair, dear = tried[0][0], None
-        nats = _solve(gains, floors.missing(upright))
+        wanted = floors.missing(upright, upright.stderr)
+        nats = _solve(gains, wanted)
         for _ in range(ROUNDS):
             if not nats.any():
                 break
@@ -98,18 +99,20 @@ def find_lean(
             tried.append((nats, now))
             if now.kl > (1 + ROOM) * upright.kl:
                 dear = nats
-            elif not (missing := floors.missing(now)).any():
+            elif not floors.missing(now, upright.stderr).any():
                 break
             else:
                 fair = nats
-                expected = gains @ nats
-                answer = float((now.margins - upright.margins) @ expected / (expected @ expected))
-                nats = nats + _solve(gains * np.clip(answer, LEAST_ANSWER, 1), missing)
+                # A behavior of which nothing was expected has shown nothing.
+                expected = np.where(nats > 0, gains @ nats, np.inf)
+                share = np.where(nats > 0, (now.margins - upright.margins) / expected, 1).clip(LEAST_ANSWER, 1)
+                wanted = np.maximum(wanted, floors.missing(now, upright.stderr))
+                nats = _solve(gains * np.sqrt(np.outer(share, share)), wanted)
             if dear is not None:
                 nats = (fair + dear) / 2
     best = min(
         (entry for entry in tried if entry[1].kl <= (1 + ROOM) * upright.kl),
-        key=lambda entry: _merit(floors, entry[1]),
+        key=lambda entry: _merit(floors, entry[1], upright.stderr),
     )
     rounds = tuple({"nats": nats.tolist(), "kl": found.kl, "margins": found.margins.tolist()} for nats, found in tried)
     return Leaning(*best, rounds)
@@ -133,6 +136,6 @@ def _solve(gains: NDArray[np.float64], missing: NDArray[np.float64]) -> NDArray[
     return result
 
 
-def _merit(floors: Floors, measured: Measured) -> tuple[float, ...]:
-    short = floors.short(measured)
-    return float((short > 0).sum()), float(short.sum()), float(floors.missing(measured).any()), measured.kl
+def _merit(floors: Floors, measured: Measured, stderr: NDArray[np.float64]) -> tuple[float, ...]:
+    short, missing = floors.short(measured), floors.missing(measured, stderr)
+    return float((short > 0).sum()), float(short.sum()), float((missing > 0).sum()), measured.kl
