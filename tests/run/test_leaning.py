@@ -105,5 +105,17 @@ def test_behaviors_that_answer_unequally_lean_unequally() -> None:
 
     found = find_lean(measure, floors(), lambda: gains)
     aim = DENSE + [0.1, 0.04]
-    np.testing.assert_allclose(found.measured.margins, aim, rtol=1e-6)
-    np.testing.assert_allclose(found.nats, (aim - START) / (share * np.diag(gains)), rtol=1e-6)
+    assert (found.measured.margins >= aim - 1e-3).all()
+    assert (found.measured.margins <= aim + 0.03).all()
+
+
+def test_a_behavior_of_which_little_was_expected_is_not_pushed_by_noise() -> None:
+    """It misses its aim by half an error, and falls by one when it leans: that says nothing about its answer."""
+    gains, start = np.diag([4.0, 9.0]), np.array([1.4, 3.03])
+
+    def measure(nats: NDArray[np.float64]) -> Measured:
+        luck = np.array([0.0, -0.02]) if nats.any() else np.zeros(2)
+        return Measured(start + gains @ nats + luck, np.ones(2), np.array([0.05, 0.02]), 0.1)
+
+    found = find_lean(measure, floors(), lambda: gains)
+    assert found.measured.margins[1] < DENSE[1] + 0.2

@@ -25,7 +25,7 @@ AIM = 2.0
 """Standard errors above the floor. Those who judge are other pairs, which have as large an error of their own."""
 ROOM = 0.08
 """Of KL on held-out text. One of two roundings of a plan is 1 to 3 % better by luck: 10 % is not passed by much."""
-LEAST_ANSWER = 0.05
+LEAST_ANSWER = 0.1
 """Of the first-order gain, and of what behaviors gain apart from one another: less is noise."""
 
 
@@ -103,9 +103,7 @@ def find_lean(
                 break
             else:
                 fair = nats
-                # A behavior of which nothing was expected has shown nothing.
-                expected = np.where(nats > 0, gains @ nats, np.inf)
-                share = np.where(nats > 0, (now.margins - upright.margins) / expected, 1).clip(LEAST_ANSWER, 1)
+                share = _answers(now.margins - upright.margins, gains @ nats, upright.stderr)
                 wanted = np.maximum(wanted, floors.missing(now, upright.stderr))
                 nats = _solve(gains * np.sqrt(np.outer(share, share)), wanted)
             if dear is not None:
@@ -116,6 +114,21 @@ def find_lean(
     )
     rounds = tuple({"nats": nats.tolist(), "kl": found.kl, "margins": found.margins.tolist()} for nats, found in tried)
     return Leaning(*best, rounds)
+
+
+def _answers(
+    gained: NDArray[np.float64], expected: NDArray[np.float64], stderr: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """The share of its first-order gain that every behavior has got.
+
+    Two roundings differ by about two variances of a margin, so where little was expected little has been shown: there
+    it is the share of all behaviors together.
+    """
+    noise = 2 * stderr**2
+    known = np.maximum(noise, np.finfo(np.float64).tiny)
+    whole = float((gained * expected / known).sum() / (expected**2 / known).sum())
+    found = (gained * expected + noise * np.clip(whole, LEAST_ANSWER, 1)) / (expected**2 + known)
+    return found.clip(LEAST_ANSWER, 1)
 
 
 def _solve(gains: NDArray[np.float64], missing: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -138,4 +151,4 @@ def _solve(gains: NDArray[np.float64], missing: NDArray[np.float64]) -> NDArray[
 
 def _merit(floors: Floors, measured: Measured, stderr: NDArray[np.float64]) -> tuple[float, ...]:
     short, missing = floors.short(measured), floors.missing(measured, stderr)
-    return float((short > 0).sum()), float(short.sum()), float((missing > 0).sum()), measured.kl
+    return float((short > 0).sum()), float(short.sum()), float((missing / np.abs(floors.dense)).sum()), measured.kl
