@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # All that needs a GPU, unattended: tests on the device, then the timings, in about eight minutes. Run from anywhere, with
 # an environment in which circuitpress is installed (PYTHON=... names its interpreter). Peers are timed where installed.
-# Results go to benchmarks/results. A step that fails does not stop the others; the exit code says so.
+# Results (json) and their pictures (svg) go to benchmarks/results. A step that fails does not stop the others; the exit
+# code says so. gptqmodel, if it is there, compiles Marlin at first use, minutes that are not among the eight: to have
+# them behind you, $PYTHON -c 'from gptqmodel import extension; extension.load("marlin_bf16")'.
 # `gpu.sh --dry-run` needs no GPU: every path once in Triton's interpreter, nothing timed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1

@@ -10,13 +10,14 @@
 4. `mixed` is one matrix of 2-, 3-, 4- and 8-bit rows with about the bytes of 4 bits; its `floor_fraction` beside that
    of 4 bits is what mixing costs.
 
-Peers, where they are installed: torch in bfloat16, bitsandbytes NF4, torchao int4, GemLite; groups of 128 (NF4: 64). A
-peer that fails is a row with `error`.
+Peers, where they are installed: torch in bfloat16, bitsandbytes NF4, torchao int4, GemLite, Marlin; groups of 128 (NF4:
+64). A peer that fails is a row with `error`. Marlin is taken from gptqmodel, which compiles it with nvcc at first use.
 
-    python benchmarks/kernels.py               writes results/kernels-GPU.json (Triton compiles on the way)
+    python benchmarks/kernels.py               writes results/kernels-GPU.json and .svg (Triton compiles on the way)
     python benchmarks/kernels.py --dry-run     small shapes in Triton's interpreter: every path once, nothing timed
 """
 
+import contextlib
 import json
 import os
 import re
@@ -59,6 +60,8 @@ def main(dry_run: bool, minutes: float, out: Path) -> None:
         raise click.ClickException("there is no CUDA device: --dry-run goes through every path on a CPU")
     device = "cpu" if dry_run else "cuda"
     bandwidth = None if dry_run else copy_bandwidth()
+    if not dry_run and find_spec("gptqmodel"):
+        compile_marlin()
     end = time.monotonic() + 60 * minutes
     rows: list[dict[str, Any]] = []
     for n, k in DRY_SHAPES if dry_run else SHAPES:
@@ -74,10 +77,12 @@ def main(dry_run: bool, minutes: float, out: Path) -> None:
         click.echo(json.dumps(row))
     if not dry_run:
         from common import save_results
+        from plots import draw
 
         name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
         extra = {"gpu": name, "copy_bytes_per_second": bandwidth, "cuda": torch.version.cuda}
         save_results(out / f"kernels-{name}.json", rows, **extra)
+        draw(out / f"kernels-{name}.json")
 
 
 def measure(n: int, k: int, batches: tuple[int, ...], device: str, bandwidth: float | None) -> Iterator[dict[str, Any]]:
@@ -96,6 +101,7 @@ def measure(n: int, k: int, batches: tuple[int, ...], device: str, bandwidth: fl
                 ("bitsandbytes nf4", "bitsandbytes", nf4),
                 ("torchao int4", "torchao", torchao_int4),
                 ("gemlite int4", "gemlite", gemlite_int4),
+                ("marlin int4", "gptqmodel", marlin_int4),
             )
             if find_spec(module)
         ]
@@ -279,6 +285,32 @@ def gemlite_int4(n: int, k: int) -> tuple[Product, int, int]:
         layer.pack(codes, scales, torch.full_like(scales, 8), bias=None)
         layers.append(layer)
     return lambda x, number: layers[number](x), len(layers), size
+
+
+def marlin_int4(n: int, k: int) -> tuple[Product, int, int]:
+    """Marlin as gptqmodel 7 has it: symmetric int4 in groups of 128; `post_init` packs GPTQ's layout into Marlin's."""
+    from gptqmodel.nn_modules.qlinear.marlin import MarlinLinear  # pyright: ignore[reportMissingImports]
+
+    size = n * k // 2 + 2 * n * k // GROUP
+    layers = []
+    for _ in range(copies_of(size, "cuda")):
+        with torch.device("cuda"):
+            layer = MarlinLinear(
+                bits=4, group_size=GROUP, desc_act=False, sym=True, in_features=k, out_features=n, dtype=torch.bfloat16
+            )
+        layer.qweight.data.random_(-(2**31), 2**31 - 1)  # eight codes a word, and every word is one
+        layer.scales.data.fill_(0.01)
+        layer.post_init()
+        layers.append(layer)
+    return lambda x, number: layers[number](x), len(layers), size
+
+
+def compile_marlin() -> None:
+    """Lets gptqmodel compile Marlin before the clock runs: minutes of nvcc, once on a machine."""
+    with contextlib.suppress(Exception):  # the rows of this peer say what is missing
+        from gptqmodel import extension  # pyright: ignore[reportMissingImports]
+
+        extension.load("marlin_bf16")
 
 
 def copies_of(size: int, device: str) -> int:

@@ -8,12 +8,14 @@
 3. `single` packs one side of one head to 3 bits and compares what is measured with its price.
 4. `step` rows time one layer of the shape of Llama-3-8B: what one decoded token costs beside attention itself.
 
-Length is `--length`; a checkpoint that was trained on less is measured beyond what it knows: its rows say so.
+Length is `--length`, and `context` of a row what the checkpoint knows: a model that is given more guesses, and its KL
+says little. `lab/lengthen.py` fine-tunes one to 8192 tokens; rows of such say from how many (`lengthened_from`).
 
     python benchmarks/kv.py --checkpoint DIR --calibration FILE --text FILE [--length 2048] [--windows 4]
     python benchmarks/kv.py --steps
 """
 
+import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -83,6 +85,7 @@ def _rows(checkpoint: Path, calibration: Path, text: Path, length: int, windows:
     with torch.no_grad():
         exact = [model(window[None]).logits[0].float() for window in ids]
     about = {"checkpoint": checkpoint.name, "context": model.config.max_position_embeddings, "tokens": length}
+    about |= lengthened(checkpoint)
 
     def measured(method: str, bits: Sequence[LayerBits] | None) -> dict[str, Any]:
         """One row; None for quanto."""
@@ -120,6 +123,12 @@ def _rows(checkpoint: Path, calibration: Path, text: Path, length: int, windows:
         yield measured("transformers quanto 4, groups of 64", None)
     if length <= PRICED:
         yield about | {"method": "single"} | singles(model, prices, ids, exact)
+
+
+def lengthened(checkpoint: Path) -> dict[str, int]:
+    """From how many tokens `lab/lengthen.py` fine-tuned a checkpoint, where it did."""
+    record = checkpoint / "lengthened.json"
+    return {"lengthened_from": json.loads(record.read_text())["from"]} if record.exists() else {}
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@
 4. `floor_fraction` is the time that a copy takes to read the weights of a step (all but the embedding), by the time of
    a step. The head is packed as the layers are, in 4 bits at least.
 
-    python benchmarks/speed_gpu.py               writes results/speed-GPU.json
+    python benchmarks/speed_gpu.py               writes results/speed-GPU.json and .svg
     python benchmarks/speed_gpu.py --dry-run     a tiny model in Triton's interpreter: every path once, nothing timed
 """
 
@@ -89,10 +89,12 @@ def main(
             torch.cuda.empty_cache()
     if not dry_run:
         from common import save_results
+        from plots import draw
 
         gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
         extra = {"gpu": gpu, "copy_bytes_per_second": bandwidth, "cuda": torch.version.cuda}
         save_results(out / f"speed-{gpu}.json", rows, **extra)
+        draw(out / f"speed-{gpu}.json")
 
 
 def interpret() -> None:
