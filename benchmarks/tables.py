@@ -355,10 +355,10 @@ def kv() -> str:
     methods = ("uniform 8", "planned, bytes of 8", "uniform 4", "planned, bytes of 4", "control:shuffled, bytes of 4")
     methods += ("transformers quanto 4, groups of 64",)
     lines = []
-    for checkpoint, context in _keys(rows, "checkpoint", "context"):
-        kl = [_mean(rows, "kl", checkpoint=checkpoint, context=context, method=name) for name in methods]
-        lines.append([checkpoint, str(context), *("" if np.isnan(value) else f"{value:.2g}" for value in kl)])
-    head = ["checkpoint", "context", "uniform 8", "planned at its bytes", "uniform 4", "planned at its bytes"]
+    for checkpoint, tokens, context in _keys(rows, "checkpoint", "tokens", "context"):
+        kl = [_mean(rows, "kl", checkpoint=checkpoint, tokens=tokens, method=name) for name in methods]
+        lines.append([checkpoint, f"{tokens:,} of {context:,}", *("" if np.isnan(value) else f"{value:.2g}" for value in kl)])
+    head = ["checkpoint", "tokens, of those it knows", "uniform 8", "planned at its bytes", "uniform 4", "planned at its bytes"]
     return _table([*head, "that plan, heads shuffled", "transformers, quanto 4"], lines)
 
 
