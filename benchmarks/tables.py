@@ -357,9 +357,10 @@ def kv() -> str:
     lines = []
     for checkpoint, tokens, context in _keys(rows, "checkpoint", "tokens", "context"):
         kl = [_mean(rows, "kl", checkpoint=checkpoint, tokens=tokens, method=name) for name in methods]
-        lines.append([checkpoint, f"{tokens:,} of {context:,}", *("" if np.isnan(value) else f"{value:.2g}" for value in kl)])
-    head = ["checkpoint", "tokens, of those it knows", "uniform 8", "planned at its bytes", "uniform 4", "planned at its bytes"]
-    return _table([*head, "that plan, heads shuffled", "transformers, quanto 4"], lines)
+        lines.append([checkpoint, f"{tokens:,} of {context:,}"])
+        lines[-1] += ["" if np.isnan(value) else f"{value:.2g}" for value in kl]
+    head = ["checkpoint", "tokens, of those it knows", "uniform 8", "planned at its bytes", "uniform 4"]
+    return _table([*head, "planned at its bytes", "that plan, heads shuffled", "transformers, quanto 4"], lines)
 
 
 BLOCKS: dict[str, Callable[[], str]] = {build.__name__: build for build in (
