@@ -113,11 +113,16 @@ def test_caps_spend_less_where_rounding_cannot_lean(
 ) -> None:
     recipe, out = kept
     copy = Path(shutil.copytree(out, tmp_path / "run"))
+    (copy / "behaviors.json").unlink()
     monkeypatch.setattr(Watch, "may_lean", property(lambda _: False))
     with open_folder(copy, create=False) as folder:
         session = Session(folder, recipe, console)
         keeping.keep(session)
         table, formats = _table(session, session.kept[0]), session.prices.formats
+    before = (copy / "plan.json").read_bytes()
+    with open_folder(copy, create=False) as folder:  # killed behind the last write: the capped plan is not searched
+        keeping.keep(Session(folder, recipe, console))
+    assert (copy / "plan.json").read_bytes() == before != (out / "plan.json").read_bytes()
     document = json.loads((copy / "behaviors.json").read_text())
     first, *later = (entry for entry in document["rounds"] if "caps" in entry)
     assert first["caps"] == {}
@@ -166,6 +171,7 @@ def test_a_floor_out_of_reach_says_what_it_would_take(
     """Larger budgets are measured in turn; here everything from 3.9 bits on keeps the behavior."""
     recipe, out = kept
     copy = Path(shutil.copytree(out, tmp_path / "run"))
+    (copy / "behaviors.json").unlink()
 
     def measure(self: Watch, decisions: Sequence[Decision], nats: NDArray[np.float64]) -> Measured:
         del nats
@@ -188,6 +194,7 @@ def test_of_plans_that_all_miss_the_nearest_is_taken(
     """The plan without caps comes first; the second one is better and still not enough."""
     recipe, out = kept
     copy = Path(shutil.copytree(out, tmp_path / "run"))
+    (copy / "behaviors.json").unlink()
     margins = iter([3.0, 5.0, 4.0])
 
     def measure(self: Watch, decisions: Sequence[Decision], nats: NDArray[np.float64]) -> Measured:

@@ -145,8 +145,22 @@ def lambdas(session: "circuitpress.run.session.Session") -> dict[str, float]:
 
 
 def keep(session: "circuitpress.run.session.Session") -> None:
-    """Finds the lean and the caps with which the plan keeps all behaviors; writes behaviors.json, and plan.json anew
-    where there are caps."""
+    """Finds the lean and the caps with which the plan keeps all behaviors; writes behaviors.json, then plan.json anew
+    where there are caps.
+
+    The search starts from plan.json, so a behaviors.json that a killed run has left is not searched for again.
+    """
+    path = session.path / "behaviors.json"
+    if not path.exists():
+        session.write("behaviors.json", _searched(session))
+    if caps := json.loads(path.read_text())["caps"]:
+        problem = _problem(session, caps, None)
+        plan = write_plan(problem, solve(problem.prices, problem.constraints), curve=correction(session))
+        with_drops(plan, session).save(session.path / "plan.json")
+
+
+def _searched(session: "circuitpress.run.session.Session") -> dict[str, Any]:
+    """What behaviors.json holds."""
     document: dict[str, Any] = {"caps": {}, "leans": {}, "missed": [], "rounds": [], "takes": None}
     if session.kept:
         watch = Watch(session)
@@ -155,11 +169,7 @@ def keep(session: "circuitpress.run.session.Session") -> None:
             document |= asdict(found) | {"dense": watch.floors.dense.tolist()}
             if found.missed:
                 document["takes"] = _takes(session, watch, advance)
-        if found.caps:
-            problem = _problem(session, found.caps, None)
-            plan = write_plan(problem, solve(problem.prices, problem.constraints), curve=correction(session))
-            with_drops(plan, session).save(session.path / "plan.json")
-    session.write("behaviors.json", document)
+    return document
 
 
 def judge(session: "circuitpress.run.session.Session") -> list[dict[str, Any]]:
